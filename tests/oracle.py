@@ -81,7 +81,7 @@ def per_group(net: nn.Module, deltas: list, groups: list[list[str]] | None = Non
     pieces = []
     for name in names:
         (index,) = [i for i, g in enumerate(groups) if any(name == m or name.startswith(m + ".") for m in g)]
-        pieces.append(torch.as_tensor(deltas[index]).expand(selected(net)[name].numel()))
+        pieces.append(torch.as_tensor(deltas[index], dtype=torch.float64).expand(selected(net)[name].numel()))
     return torch.cat(pieces)
 
 
@@ -98,7 +98,7 @@ class HandLoss:
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Summed over examples, all constants of p(y|f) in."""
         if self.name == "gaussian":
-            s2 = torch.as_tensor(self.noise).to(f).expand_as(f)
+            s2 = torch.as_tensor(self.noise, dtype=f.dtype).expand_as(f)
             return (0.5 * (f - y) ** 2 / s2 + 0.5 * s2.log() + 0.5 * LOG_2PI).sum()
         if self.name == "bernoulli":
             return -(y * logsigmoid(f) + (1 - y) * logsigmoid(-f)).sum()
@@ -114,7 +114,7 @@ class HandLoss:
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         """r, (n, K)."""
         if self.name == "gaussian":
-            return (f - y) / torch.as_tensor(self.noise).to(f)
+            return (f - y) / torch.as_tensor(self.noise, dtype=f.dtype)
         if self.name == "bernoulli":
             return f.sigmoid() - y
         if self.name == "categorical":
@@ -131,7 +131,7 @@ class HandLoss:
     def lam(self, f: Tensor, y: Tensor) -> Tensor:
         """Lambda, (n, K, K)."""
         if self.name == "gaussian":
-            return torch.diag_embed(1 / torch.as_tensor(self.noise).to(f).expand_as(f))
+            return torch.diag_embed(1 / torch.as_tensor(self.noise, dtype=f.dtype).expand_as(f))
         if self.name == "bernoulli":
             return torch.diag_embed(f.sigmoid() * (-f).sigmoid())
         if self.name == "categorical":

@@ -234,7 +234,12 @@ def problem(name: str, n: int = 6, m: int = 3, seed: int = 0) -> Problem:
     return Problem(randomized(net, seed), x, *args)
 
 
-# ---- gpytorch distributions as plain tensors
+# ---- results as plain tensors
+
+
+def number(value: Tensor | float) -> Tensor:
+    """A float64 scalar; a Python float must not pass through float32."""
+    return torch.as_tensor(value, dtype=F64)
 
 
 def flat_mean(distribution) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
-from problems import CASES, F64, SOLVERS, covariance, evidence_gradient, flat_mean, problem
+from problems import CASES, F64, SOLVERS, covariance, evidence_gradient, flat_mean, number, problem
 
 import gpytorch_dnn2gp as dnn2gp
 from gpytorch_dnn2gp import tiling
@@ -325,7 +325,7 @@ def test_setting_hyperparameters_is_building_anew(name, solver):
     def use(gp) -> list[torch.Tensor]:
         f, prediction, weights = gp(p.x_test), gp.predict(p.x_test), gp.weight_posterior()
         values = [flat_mean(f), covariance(f), prediction.mean, prediction.variance, weights.mean]
-        values += [gp.predict(p.x_test, mean="posterior").mean, torch.as_tensor(gp.stationarity().newton_decrement)]
+        values += [gp.predict(p.x_test, mean="posterior").mean, number(gp.stationarity().newton_decrement)]
         values += [gp.dual_data().targets] if name != "categorical" else []
         if solver != "iterative":
             values += [weights.covariance(), gp.log_evidence()]

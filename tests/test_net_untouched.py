@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from problems import F64, OddNet, flat_mean, mlp, problem, randomized
+from problems import F64, OddNet, flat_mean, mlp, number, problem, randomized
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -139,7 +139,7 @@ def test_gp(name, solver):
         for mean in ("network", "posterior"):
             visit(gp.predict(p.x_test, mean=mean).variance)
         visit(gp.predict(p.x_test, joint=True).f.covariance_matrix)
-        visit(gp.dual_data().noise_precision, torch.as_tensor(gp.stationarity().newton_decrement))
+        visit(gp.dual_data().noise_precision, number(gp.stationarity().newton_decrement))
         posterior = gp.weight_posterior()
         visit(posterior.covariance_matmul(torch.ones_like(posterior.mean)))
         gp.prior_precision = 2.0
