@@ -573,7 +573,8 @@ def from_callable(
 
     Args:
         fn: ``fn(f_i, y_i)``, the negative log-likelihood of one example: outputs ``(K,)`` and one label to a scalar. It
-            goes through ``torch.func.vmap``. Constants that depend on nothing matter to the evidence alone.
+            goes through ``torch.func.vmap``, so that ``f_i[y_i]`` is written ``f_i.gather(0, y_i[None])[0]``, and a
+            choice ``torch.where``. Constants that depend on nothing matter to the evidence alone.
         fisher: ``f (..., n, K) -> (..., n, K, K)``, positive semidefinite, taken for ``Lambda`` in place of the
             Hessian: for losses whose Hessian is indefinite, and for those asked for ``Lambda`` where no label is known.
         conditional: ``f (..., n, K)`` to the distribution of labels, batch ``(..., n)`` and event ``()`` or ``(D,)``:
@@ -636,7 +637,7 @@ class _CallableLoss(Loss):
                     f"fisher(f) must have shape {(*f.shape, f.shape[-1])} for f of shape {tuple(f.shape)}, got "
                     f"{tuple(precision.shape)}."
                 )
-            return precision, _positive_root(precision, "fisher(f)", "")
+            return precision, positive_root(precision, "fisher(f)", "")
         if y is None:
             raise ValueError(
                 "the Hessian of this loss depends on the label: pass y, or give from_callable the Fisher information, "
@@ -644,7 +645,7 @@ class _CallableLoss(Loss):
             )
         precision = self._map(jacrev(grad(self._fn)), f, y)  # reverse over reverse: what most operations have
         cure = " Give from_callable a positive semidefinite stand-in, `fisher=`: the Fisher information of the loss."
-        return precision, _positive_root(precision, "the Hessian of the loss", cure)
+        return precision, positive_root(precision, "the Hessian of the loss", cure)
 
     def conditional(self, f):
         if self._conditional is None:
@@ -655,15 +656,24 @@ class _CallableLoss(Loss):
         return self._conditional(f)
 
     def conditional_mean(self, f):
+        """Mean of `conditional`."""
         y = self.conditional(f)
+        if isinstance(y, torch.distributions.Categorical):
+            return y.probs
         return y.mean if y.event_shape else y.mean.unsqueeze(-1)
 
     def conditional_variance(self, f):
+        """Variances of `conditional`."""
         y = self.conditional(f)
+        if isinstance(y, torch.distributions.Categorical):
+            return y.probs * (1 - y.probs)
         return y.variance if y.event_shape else y.variance.unsqueeze(-1)
 
     def conditional_covariance(self, f):
+        """Covariance of `conditional`."""
         y = self.conditional(f)
+        if isinstance(y, torch.distributions.Categorical):
+            return torch.diag_embed(y.probs) - y.probs.unsqueeze(-1) * y.probs.unsqueeze(-2)
         if hasattr(y, "covariance_matrix"):
             return y.covariance_matrix
         return torch.diag_embed(self.conditional_variance(f))
@@ -673,10 +683,16 @@ class _CallableLoss(Loss):
         return f"from_callable({', '.join([getattr(self._fn, '__name__', '...'), *given])})"
 
 
-def _positive_root(a: Tensor, name: str, cure: str) -> Tensor:
-    """Root of ``a (..., n, K, K)``: Cholesky where that exists, else the symmetric one, example by example.
+def positive_root(a: Tensor, name: str, cure: str = "", tolerance: float | None = None) -> Tensor:
+    """Root ``R R^T = a`` of ``(..., n, K, K)``: the Cholesky factor of each if it has one, else the symmetric root.
 
-    Eigenvalues negative by rounding alone count as zero; others are an error.
+    Eigenvalues between ``-tolerance`` and zero are rounding and count as zero; smaller ones are an error. Where ``a``
+    is singular it has first derivatives alone, along changes that keep it positive semidefinite.
+
+    Args:
+        a: symmetric positive semidefinite.
+        name, cure: what it is and what to do, for the error.
+        tolerance: ``None`` takes 100 K units of rounding of the largest eigenvalue, or of one if that is larger.
     """
     bad = ~torch.isfinite(a).flatten(-2).all(-1)
     if bad.any():
@@ -685,18 +701,30 @@ def _positive_root(a: Tensor, name: str, cure: str) -> Tensor:
     failed = failed > 0
     if not failed.any():
         return root
-    eigenvalues, vectors = torch.linalg.eigh(a)
-    tolerance = 100 * a.shape[-1] * torch.finfo(a.dtype).eps * eigenvalues.detach().abs().max().clamp(min=1.0)
-    smallest = eigenvalues.detach()[..., 0]
+    singular = a[failed]
+    eigenvalues, V = torch.linalg.eigh(singular.detach())
+    smallest = eigenvalues[:, 0]
+    if tolerance is None:
+        largest = a.detach().diagonal(dim1=-2, dim2=-1).abs().max().item()
+        tolerance = 100 * a.shape[-1] * torch.finfo(a.dtype).eps * max(1.0, largest)
     bad = smallest < -tolerance
     if bad.any():
-        index = first_index(bad)
+        index = failed.nonzero()[bad][0].tolist()
         raise ValueError(
-            f"{name} is not positive semidefinite for {int(bad.sum())} of {bad.numel()} examples, first for example "
-            f"{index}: its smallest eigenvalue is {smallest[bad][0].item():.6g}.{cure}"
+            f"{name} is not positive semidefinite for {int(bad.sum())} of {failed.numel()} examples, first for example "
+            f"{index[0] if len(index) == 1 else tuple(index)}: its smallest eigenvalue is "
+            f"{smallest[bad][0].item():.6g}.{cure}"
         )
-    symmetric = (vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-    return torch.where(failed[..., None, None], symmetric, root)
+    sigma = eigenvalues.clamp(min=0).sqrt()
+    # R^2 = a, so dR R + R dR = da: in the basis of eigenvectors dR_ij = da_ij / (sigma_i + sigma_j)
+    sums = sigma.unsqueeze(-1) + sigma.unsqueeze(-2)
+    change = V.mT @ (singular - singular.detach()) @ V
+    change = torch.where(sums > 0, change / torch.where(sums > 0, sums, 1.0), 0.0)
+    symmetric = V @ (torch.diag_embed(sigma) + change) @ V.mT
+    # A failed factor has no derivative, not even one that is then multiplied by zero.
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    root = torch.linalg.cholesky(torch.where(failed[..., None, None], eye, a))
+    return root.index_put(failed.nonzero(as_tuple=True), symmetric)
 
 
 def _halves(f: Tensor) -> tuple[Tensor, Tensor]:
