@@ -27,6 +27,8 @@ A loss is immutable and knows no data, but for the noise level of a Gaussian. Ev
 in the noise. From here go to predictive.py (labels at new inputs) or dual.py (targets and noise of the regression).
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from abc import ABC, abstractmethod
@@ -151,7 +153,7 @@ class Loss(ABC):
         """``sigma^2``: ``()``, per output ``(K,)``, or per example ``(n, 1)`` or ``(n, K)``. ``None`` without one."""
         return self._noise
 
-    def with_noise(self, noise: Tensor | float) -> "Loss":
+    def with_noise(self, noise: Tensor | float) -> Loss:
         """The same loss with another noise variance, which keeps its autograd graph."""
         if self._noise is None:
             raise TypeError(f"{self!r} has no noise level to set; Gaussian has one.")
@@ -159,7 +161,7 @@ class Loss(ABC):
         new._noise = _check_noise(noise, "noise")
         return new
 
-    def subset(self, index: Tensor | slice) -> "Loss":
+    def subset(self, index: Tensor | slice) -> Loss:
         """The loss of some of the examples: that noise, where each example has its own; else the loss itself."""
         if self._noise is None or self._noise.ndim < 2:
             return self
@@ -247,11 +249,13 @@ class Gaussian(_IndependentOutputs):
         return self._variance(f).expand(f.shape)
 
     def __repr__(self):
-        if self._noise.ndim == 0:
-            return f"Gaussian(sigma={math.sqrt(self._noise.item()):.6g})"
-        if self._noise.ndim == 1:
-            return f"Gaussian(sigma=[{', '.join(f'{s:.6g}' for s in self._noise.detach().sqrt().tolist())}])"
-        return f"Gaussian(sigma=<per example, {tuple(self._noise.shape)}>)"
+        sigma = self._noise.detach().sqrt()
+        if sigma.ndim == 0:
+            return f"Gaussian(sigma={sigma.item():.6g})"
+        if sigma.ndim == 1 and len(sigma) <= 6:
+            return f"Gaussian(sigma=[{', '.join(f'{s:.6g}' for s in sigma.tolist())}])"
+        each = "output" if sigma.ndim == 1 else "example"
+        return f"Gaussian(sigma=<one per {each}, {tuple(sigma.shape)}>)"
 
 
 class Bernoulli(_IndependentOutputs):
@@ -610,7 +614,15 @@ class _CallableLoss(Loss):
         mapped = vmap(fn)
         for _ in range(f.ndim - 2):
             mapped = vmap(mapped, in_dims=(0, None))
-        return mapped(f, y)
+        try:
+            return mapped(f, y)
+        except RuntimeError as error:
+            if "vmap" in str(error):
+                error.add_note(
+                    "The function given to from_callable goes through torch.func.vmap: write f[y] as "
+                    "f.gather(0, y[None])[0], a choice as torch.where, and take no .item()."
+                )
+            raise
 
     def negative_log_likelihood(self, f, y):
         return self._map(self._fn, f, y)
@@ -637,7 +649,11 @@ class _CallableLoss(Loss):
                     f"fisher(f) must have shape {(*f.shape, f.shape[-1])} for f of shape {tuple(f.shape)}, got "
                     f"{tuple(precision.shape)}."
                 )
-            return precision, positive_root(precision, "fisher(f)", "")
+            skew = (precision - precision.mT).detach().abs().amax((-2, -1))
+            bad = skew > math.sqrt(torch.finfo(precision.dtype).eps) * precision.detach().abs().amax((-2, -1))
+            if bad.any():
+                raise ValueError(f"fisher(f) is not symmetric for example {first_index(bad)}.")
+            return precision, positive_root(precision, "fisher(f)")
         if y is None:
             raise ValueError(
                 "the Hessian of this loss depends on the label: pass y, or give from_callable the Fisher information, "

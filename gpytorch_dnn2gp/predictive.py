@@ -20,8 +20,8 @@ The first part is the noise of the labels, which more data would not remove; the
 - ``probit``: probabilities ``softmax(mean / sqrt(1 + pi/8 diag C))``, for a logit ``s(mean / sqrt(1 + pi/8 C))``, as if
   the link were a probit. Their variances are those of ``linear``: at the unscaled mean, and as unbounded.
 - ``bridge``: the Laplace bridge (Hobbhahn et al. 2022), a Dirichlet (Beta) whose Laplace approximation in the logits
-  has this mean and these variances. Crude for K > 2: where variances shrink, its mean tends to ``softmax(mean)`` only if
-  their ratios are those of a Dirichlet. For one logit its mean is ``s(mean)``.
+  has this mean and these variances. Crude for K > 2: where variances shrink, its mean tends to ``softmax(mean)`` only
+  if their ratios are those of a Dirichlet. For one logit its mean is ``s(mean)``.
 - ``quadrature``: one integral for each logit, to about 1e-9 whatever the variance.
 - ``mc``: an average over samples of ``f``.
 
