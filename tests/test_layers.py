@@ -17,6 +17,7 @@ HOUSE = [
     "tiling",
     "losses",
     "predictive",
+    "from_torch",
     "jacobians",
     "gram",
     "linearize",
