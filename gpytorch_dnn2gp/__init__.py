@@ -1,0 +1,37 @@
+"""A trained deep network is a Gaussian process: kernel, likelihood, posterior and evidence for GPyTorch.
+
+The theorems are those of Khan, Immer, Abedi and Korzepa (NeurIPS 2019); docs/notation.md maps their letters to names.
+"""
+
+from . import dual, laplace, losses, mlls, numerics, plotting, predictive, selection, solvers, tiling, training, weights
+from .gp import LaplaceGP, Prediction
+from .kernels import JacobianKernel, NetworkMean
+from .likelihoods import GGNLikelihood
+from .linearize import Linearization
+from .numerics import NumericalWarning
+from .selection import fit_evidence
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GGNLikelihood",
+    "JacobianKernel",
+    "LaplaceGP",
+    "Linearization",
+    "NetworkMean",
+    "NumericalWarning",
+    "Prediction",
+    "dual",
+    "fit_evidence",
+    "laplace",
+    "losses",
+    "mlls",
+    "numerics",
+    "plotting",
+    "predictive",
+    "selection",
+    "solvers",
+    "tiling",
+    "training",
+    "weights",
+]

@@ -1,0 +1,144 @@
+"""Trained net + data -> Laplace-GGN: the splitting of the loss's derivatives and its sums over the data.
+
+    paper, eq. (5)                       here                               shape
+    phi_i^T                              rows C_i J_i (linearize.Rows)      (n, m, P)
+    v_i                                  Splitting.v                        (n, m)
+    D_i                                  apply_root(apply_root_t(.))        (n, m, m), never formed
+    grad l_i = phi_i v_i,  hess l_i ~ phi_i D_i phi_i^T
+
+Two choices (``features``):
+    "jacobian"   C = I,      v = r,  D = Lambda   generalised Gauss-Newton (paper eq. 7), m = K
+    "gradient"   C = r^T,    v = 1,  D = 1        empirical Fisher, m = 1
+                 (here C = r^T at unit noise s, v = s and D = s^2: a change of noise rescales, and that is all)
+
+The posterior is N(w*, Sigma), Sigma^-1 = sum_i phi_i D_i phi_i^T + S0^-1 (paper eq. 8).
+
+n examples, K outputs, P weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import tiling
+from .linearize import Rows
+from .losses import Loss
+
+FEATURES = ("jacobian", "gradient")
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Gradient and Hessian of each example's loss in terms of its rows; see the module's table.
+
+    Attributes:
+        loss: its noise may carry a graph.
+        f: outputs ``(n, K)``.
+        y: canonical labels (``loss.check_labels``).
+        features: "jacobian" or "gradient".
+        temperature: the loss is divided by it.
+    """
+
+    loss: Loss
+    f: Tensor
+    y: Tensor
+    features: str = "jacobian"
+    temperature: float = 1.0
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """What v and D change by when the noise or the temperature does: ``1/(sigma^2 T)``, ``(C,)``.
+
+        C is 1, or K with one noise per output. Noise per example (and, for "gradient", per output) is part of
+        :meth:`unit` instead, as is the curvature of every loss without noise.
+        """
+        scale = self.f.new_tensor(1.0) if self._fixed_noise else self.loss.noise.to(self.f).reciprocal()
+        return (scale / self.temperature).reshape(-1)
+
+    def unit(self) -> Splitting:
+        """The splitting at noise and temperature one: what the sums over the data are taken of."""
+        loss = self.loss if self._fixed_noise else self.loss.with_noise(torch.ones_like(self.loss.noise))
+        return Splitting(loss, self.f, self.y, self.features)
+
+    @property
+    def _fixed_noise(self) -> bool:
+        return not self.loss.has_noise or self.loss.noise.dim() > (0 if self.features == "gradient" else 1)
+
+    @property
+    def v(self) -> Tensor:
+        """Gradients in the rows, ``(n, m)``."""
+        if self.features == "gradient":
+            return self.noise_scale.expand(len(self.f), 1)
+        return self.loss.residual(self.f, self.y) / self.temperature
+
+    def apply_root(self, a: Tensor) -> Tensor:
+        """``R a``, ``(..., n, m)``, where ``D = R R^T``."""
+        if self.features == "gradient":
+            return a * self.noise_scale
+        return self.loss.apply_root(self.f, a, self.y) * self.temperature**-0.5
+
+    def apply_root_t(self, a: Tensor) -> Tensor:
+        """``R^T a`` for ``a`` ``(..., n, m)``."""
+        if self.features == "gradient":
+            return a * self.noise_scale
+        return self.loss.apply_root_t(self.f, a, self.y) * self.temperature**-0.5
+
+    def cotangents(self) -> Tensor | None:
+        """C, ``(n, m, K)``, at noise and temperature one; None for the identity."""
+        if self.features == "gradient":
+            unit = self.unit()
+            return unit.loss.residual(unit.f, unit.y).detach()[:, None, :]
+        return None
+
+    def data_term(self) -> Tensor:
+        """``sum_i log p(y_i | f_i) / T``."""
+        return -self.loss.negative_log_likelihood(self.f, self.y).sum() / self.temperature
+
+    def part(self, part: slice) -> Splitting:
+        """The splitting of some of the examples."""
+        return Splitting(self.loss.subset(part), self.f[part], self.y[part], self.features, self.temperature)
+
+
+@torch.no_grad()
+def curvature(
+    rows: Rows, splitting: Splitting, *, diagonal: bool = False, per_row: bool = False, progress: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums over the data: ``sum_i phi_i D_i phi_i^T`` and ``sum_i phi_i v_i``.
+
+    Args:
+        rows: ``phi^T``.
+        splitting: v and the root of D.
+        diagonal: only the diagonal of the first sum, ``(P,)`` instead of ``(P, P)``.
+        per_row: one sum for each of the m rows of an example, which a diagonal D allows.
+        progress: True, False, or None for a bar on terminals only.
+
+    Returns:
+        ``(C, P, P)`` or ``(C, P)``, and ``(C, P)``, where C = m with ``per_row`` and 1 without.
+    """
+    p, num_sums = rows.num_weights, rows.num_rows if per_row else 1
+    options = {"dtype": splitting.f.dtype, "device": splitting.f.device}
+    second = torch.zeros((num_sums, p) if diagonal else (num_sums, p, p), **options)
+    first = torch.zeros((num_sums, p), **options)
+    with tiling.progress(None, "Curvature", progress, total=rows.num_examples) as bar:
+        for part, u in rows.blocks():  # u: (b, m, P)
+            here = splitting.part(part)
+            white, v = _dense_root_t(here, u) @ u, here.v
+            for c in range(num_sums):
+                row = slice(c, c + 1) if per_row else slice(None)
+                e = white[:, row].flatten(0, 1)
+                if diagonal:
+                    second[c] += e.square().sum(0)
+                else:
+                    second[c].addmm_(e.mT, e)
+                first[c] += v[:, row].flatten() @ u[:, row].flatten(0, 1)
+            bar.update(part.stop - part.start)
+    return second, first
+
+
+def _dense_root_t(splitting: Splitting, u: Tensor) -> Tensor:
+    """``R^T`` of a chunk of examples, ``(b, q, m)``."""
+    eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)[:, None].expand(-1, len(u), -1)
+    return splitting.apply_root_t(eye).permute(1, 2, 0)

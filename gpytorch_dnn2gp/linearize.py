@@ -1,0 +1,415 @@
+"""A frozen copy of a net, as the linear model ``f(x) + J(x)(w - w*)`` that it is near its weights.
+
+``Linearization`` is the face of ``jacobians.py`` and ``gram.py``: it selects parameters, checks inputs, restores the
+shapes of images and sequences, and maps batch dimensions. The user's net is copied and never touched.
+
+n examples, K outputs, P selected weights. Inputs are ``(..., n, d)``; with ``input_shape`` also
+``(..., n, *input_shape)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import gram as _gram
+from . import tiling
+from .jacobians import NetFunction
+from .numerics import require_finite
+
+
+class Linearization(nn.Module):
+    """The Jacobian feature map of a trained net (the neural tangent features at its weights).
+
+    Args:
+        net: any module whose output is ``(n,)``, ``(n, 1)`` or ``(n, K)``, one row per example. It is deep-copied, the
+            copy put in eval mode, so later training of the net does not move the linearization. Forward hooks are part
+            of what a net computes and are copied with it.
+        params: which weights are random: None for all that require a gradient; a list of names or prefixes such as
+            ``["head", "body.2.weight"]``; or ``"last_layer"``. Frozen parameters are always left out.
+        input_shape: shape of one input, where inputs travel flattened as ``n x d``, e.g. ``(1, 28, 28)``.
+        input_dtype: integer dtype that the net wants, e.g. ``torch.long`` for token ids, which travel as floats.
+
+    Raises:
+        ValueError: no parameters selected, half precision or mixed dtypes, NaN weights, BatchNorm that normalises by
+            the batch at hand. At the first inputs: outputs that depend on the other examples, or that are random.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        params: Sequence[str] | str | None = None,
+        input_shape: Sequence[int] | None = None,
+        input_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module; got {type(net).__name__}.")
+        names = select_parameters(net, params)
+        _require_usable(net)
+        self.net = _frozen_copy(net)
+        self.input_shape = None if input_shape is None else torch.Size(input_shape)
+        if input_dtype is not None and (input_dtype.is_floating_point or input_dtype.is_complex):
+            raise ValueError(f"input_dtype is for integer inputs such as torch.long; got {input_dtype}.")
+        self.input_dtype = input_dtype
+        self.function = NetFunction(self.net, names)
+        self._expect_last = _owner(names[-1]) if isinstance(params, str) and params == "last_layer" else None
+        self._checked = False
+
+    # ---- what was linearized
+
+    @property
+    def num_weights(self) -> int:
+        """P, the number of selected weights."""
+        return self.function.num_weights
+
+    @property
+    def num_outputs(self) -> int:
+        """K; known once the linearization has seen an input."""
+        if self.function.num_outputs is None:
+            raise RuntimeError("The number of outputs is known after the first call: evaluate lin(x) once.")
+        return self.function.num_outputs
+
+    @property
+    def param_names(self) -> list[str]:
+        """Names of the selected parameters, in the order of the weight vector."""
+        return self.function.names
+
+    @property
+    def param_sizes(self) -> list[int]:
+        """Number of weights in each selected parameter."""
+        return self.function.sizes
+
+    @property
+    def weights(self) -> Tensor:
+        """w*, ``(P,)``."""
+        return self.function.weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.function.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.net.parameters()).device
+
+    def train(self, mode: bool = True) -> Linearization:
+        """The frozen net stays in eval mode whatever module it is part of."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    # ---- values and derivatives
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``f(x)``, ``(..., n, K)``."""
+        rows = self.rows(x)
+        return self.function.outputs(rows.x).unflatten(0, rows.batch_shape)
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """``J(x)``, ``(..., n, K, P)``, weights in ``named_parameters`` order."""
+        rows = self.rows(x)
+        return self.function.jacobian(rows.x).unflatten(0, rows.batch_shape)
+
+    def jvp(self, x: Tensor, u: Tensor) -> Tensor:
+        """``J(x) u`` for ``u`` ``(P,)``: ``(..., n, K)``; for ``u`` ``(m, P)``: ``(m, ..., n, K)``."""
+        rows = self.rows(x)
+        return rows.matmul(u).unflatten(-2, rows.batch_shape)
+
+    def vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """``sum_i J_i^T v_i``, ``(P,)``, summed over all examples, for ``v`` ``(..., n, K)``."""
+        rows = self.rows(x)
+        return rows.rmatmul(v.reshape(rows.num_examples, -1))
+
+    def gram(self, x1: Tensor, x2: Tensor | None = None, prior_variance: Tensor | None = None) -> Tensor:
+        """``J(x1) S0 J(x2)^T``, ``(..., n1 K, n2 K)``, examples first, outputs fastest; S0 = diag(prior_variance) or I.
+
+        Raises:
+            MemoryError: if it does not fit; names its size.
+        """
+        rows1 = self.rows(x1)
+        rows2 = None if x2 is None else self.rows(x2)
+        if len(rows1.batch_shape) == 1 and (rows2 is None or len(rows2.batch_shape) == 1):
+            return _gram.gram(
+                self.function, rows1.x, None if rows2 is None else rows2.x, prior_variance=prior_variance
+            )
+        a = rows1.batched_features(prior_variance)
+        return a @ (a if rows2 is None else rows2.batched_features(prior_variance)).mT
+
+    def gram_blocks(self, x: Tensor, prior_variance: Tensor | None = None) -> Tensor:
+        """The ``K x K`` blocks ``J(x_i) S0 J(x_i)^T``, ``(..., n, K, K)``."""
+        rows = self.rows(x)
+        return _gram.gram_blocks(self.function, rows.x, prior_variance).unflatten(0, rows.batch_shape)
+
+    def rows(self, x: Tensor, cotangents: Tensor | None = None) -> Rows:
+        """The Jacobian rows at these inputs, as an operator; see :class:`Rows`."""
+        inputs, batch_shape = self.prepare(x)
+        return Rows(self.function, inputs, batch_shape, cotangents)
+
+    # ---- inputs
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        """Check inputs and give them the net's shape: ``(N, *input_shape)`` and the shape ``(..., n)`` they had."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Inputs must be a tensor; got {type(x).__name__}.")
+        if x.dim() <= 1:
+            x = x.reshape(-1, 1)
+        x, batch_shape = self._reshape(x)
+        x = self._cast(x)
+        if x.device != self.device:
+            raise ValueError(f"Inputs are on {x.device} but the net is on {self.device}. Move one of them.")
+        if not self._checked and len(x) > 0:
+            self._check_net(x.detach())
+        return x, batch_shape
+
+    def flatten_inputs(self, x: Tensor) -> Tensor:
+        """Inputs as GPyTorch wants them, ``(..., n, d)`` floats."""
+        if x.dim() <= 1:
+            x = x.reshape(-1, 1)
+        if self.input_shape is not None and len(self.input_shape) > 1 and x.shape[-len(self.input_shape) :] == (
+            self.input_shape
+        ):
+            x = x.flatten(-len(self.input_shape))
+        return x.to(self.dtype) if self.input_dtype is not None else x
+
+    def _reshape(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        shape = self.input_shape
+        if shape is None:
+            return x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        if x.shape[-len(shape) :] == shape:
+            return x.reshape(-1, *shape), x.shape[: x.dim() - len(shape)]
+        if x.shape[-1] == math.prod(shape):
+            return x.reshape(-1, *shape), x.shape[:-1]
+        raise ValueError(
+            f"Inputs {tuple(x.shape)} end neither in input_shape {tuple(shape)} nor in its flattened length "
+            f"{math.prod(shape)}."
+        )
+
+    def _cast(self, x: Tensor) -> Tensor:
+        if self.input_dtype is None:
+            if not x.is_floating_point():
+                raise ValueError(
+                    f"Inputs are {x.dtype}, but the net is {self.dtype}. Pass x.to({self.dtype}), or input_dtype="
+                    f"{x.dtype} if the net wants integers (token ids)."
+                )
+            if x.dtype != self.dtype:
+                raise ValueError(f"Inputs are {x.dtype} but the net is {self.dtype}. Convert one of them.")
+            require_finite(x, "x")
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"Integer inputs (input_dtype={self.input_dtype}) have no gradient; detach x.")
+        require_finite(x, "x")
+        tokens = x.to(self.input_dtype)
+        if x.is_floating_point() and not torch.equal(tokens.to(x.dtype), x):
+            index = tuple(int(i) for i in (tokens.to(x.dtype) != x).nonzero()[0])
+            raise ValueError(f"x must hold integers for input_dtype={self.input_dtype}; got {float(x[index])} at {index}.")
+        self._require_known_tokens(tokens)
+        return tokens
+
+    def _require_known_tokens(self, tokens: Tensor) -> None:
+        sizes = [module.num_embeddings for module in self.net.modules() if isinstance(module, nn.Embedding)]
+        if not sizes or tokens.numel() == 0:
+            return
+        bad = (tokens < 0) | (tokens >= max(sizes))
+        if bad.any():
+            index = tuple(int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"Token id {int(tokens[index])} at index {index} is outside the net's embedding, 0..{max(sizes) - 1}."
+            )
+
+    # ---- is it a function of one example?
+
+    @torch.no_grad()
+    def _check_net(self, x: Tensor) -> None:
+        """One row per example, no randomness, no influence of other examples; once, on at most two examples."""
+        last: list[str] = []
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: last.append(name))
+            for name, module in self.net.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                pair, again = self.function.outputs(x[:2]), self.function.outputs(x[:2])
+                alone = self.function.outputs(x[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        require_finite(pair, "The net's output")
+        tolerance = 10 * math.sqrt(torch.finfo(self.dtype).eps) * (1 + pair.abs().max())
+        if (pair - again).abs().max() > tolerance:
+            raise ValueError(
+                "The net gives different outputs for the same input in eval mode. Remove what is random in it "
+                "(functional dropout without training=self.training, sampling)."
+            )
+        if (pair[:1] - alone).abs().max() > tolerance:
+            raise ValueError(
+                "The net's output for one example depends on the other examples in its batch. Normalise by running "
+                "statistics or by the example itself (BatchNorm in eval mode, LayerNorm, GroupNorm)."
+            )
+        if self._expect_last is not None and last and last[-1] != self._expect_last:
+            raise ValueError(
+                f"params='last_layer' took '{self._expect_last}', the last layer that the net registers, but "
+                f"'{last[-1]}' is the last to run. Name it: params=['{last[-1]}']."
+            )
+        self._checked = True
+
+
+class Rows:
+    """The rows ``U_i = C_i J_i`` of a linear model at N given inputs, as an operator that need not be formed.
+
+    Args:
+        function: the net.
+        x: inputs in the net's own shape, ``(N, *input_shape)``.
+        batch_shape: ``(..., n)``, the shape the inputs had, with N entries.
+        cotangents: C, ``(N, m, K)``; the identity without it, and then m = K.
+    """
+
+    def __init__(
+        self, function: NetFunction, x: Tensor, batch_shape: torch.Size, cotangents: Tensor | None = None
+    ) -> None:
+        self.function = function
+        self.x = x
+        self.batch_shape = batch_shape
+        self.cotangents = cotangents
+        self._features: Tensor | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return len(self.x)
+
+    @property
+    def num_rows(self) -> int:
+        """m, rows per example."""
+        return self.function.num_rows(self.x, self.cotangents)
+
+    @property
+    def num_weights(self) -> int:
+        """P."""
+        return self.function.num_weights
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of examples with their rows ``(b, m, P)``."""
+        if self._features is not None:
+            yield slice(0, self.num_examples), self._features
+            return
+        for part in self.function.jacobian_chunks(self.x, self.num_rows):
+            yield part, self.function.jacobian_rows(self.x, self.cotangents, part)
+
+    def features(self) -> Tensor:
+        """All rows, ``(N, m, P)``; not kept.
+
+        Raises:
+            MemoryError: if they do not fit.
+        """
+        return self._features if self._features is not None else self.function.jacobian(self.x, self.cotangents)
+
+    def batched_features(self, prior_variance: Tensor | None = None) -> Tensor:
+        """``U S0^(1/2)`` with the rows of each batch element stacked, ``(..., n m, P)``."""
+        rows = self.features().unflatten(0, self.batch_shape).flatten(-3, -2)
+        return rows if prior_variance is None else rows * prior_variance.sqrt()
+
+    def keep(self) -> None:
+        """Keep the rows for later use if they take little memory: then nothing is linearized twice."""
+        size = self.num_examples * self.num_rows * self.num_weights
+        if self._features is None and tiling.cache_fits(size, self.function.dtype, self.x.device):
+            self._features = self.function.jacobian(self.x, self.cotangents).detach()
+
+    def gram(self, groups: list[Tensor], prior_variance: Tensor | None, progress: bool | None = None) -> Tensor:
+        """``U_g S0_g U_g^T`` for each group of weights, ``(G, N m, N m)``."""
+        if self._features is not None:
+            rows = self._features.flatten(0, 1)
+            if prior_variance is not None:
+                rows = rows * prior_variance.sqrt()
+            return torch.stack([rows[:, g] @ rows[:, g].mT if len(groups) > 1 else rows @ rows.mT for g in groups])
+        return _gram.gram(
+            self.function,
+            self.x,
+            prior_variance=prior_variance,
+            groups=groups,
+            cotangents1=self.cotangents,
+            progress=progress,
+        )
+
+    def matmul(self, u: Tensor) -> Tensor:
+        """``U u``, ``(..., N, m)``, for ``u`` ``(..., P)``."""
+        if self._features is not None:
+            return torch.einsum("nmp,...p->...nm", self._features, u)
+        out = self.function.jvp(self.x, u)
+        return out if self.cotangents is None else torch.einsum("nmk,...nk->...nm", self.cotangents, out)
+
+    def rmatmul(self, v: Tensor) -> Tensor:
+        """``U^T v``, ``(..., P)``, for ``v`` ``(..., N, m)``."""
+        if self._features is not None:
+            return torch.einsum("nmp,...nm->...p", self._features, v)
+        if self.cotangents is not None:
+            v = torch.einsum("nmk,...nm->...nk", self.cotangents, v)
+        return self.function.vjp(self.x, v)
+
+    def cross(self, rows: Tensor) -> Tensor:
+        """``rows U^T``, ``(..., N m)``, for given feature rows ``(..., P)``."""
+        return torch.cat([rows @ block.flatten(0, 1).mT for _, block in self.blocks()], dim=-1)
+
+
+# ---- the net
+
+
+def select_parameters(net: nn.Module, params: Sequence[str] | str | None) -> list[str]:
+    """Names of the parameters of ``net`` that ``params`` selects; see :class:`Linearization`."""
+    trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("No parameter of the net requires a gradient: call net.requires_grad_() on what is trained.")
+    if params is None:
+        return trainable
+    if isinstance(params, str):
+        if params == "last_layer":
+            return [name for name in trainable if _owner(name) == _owner(trainable[-1])]
+        params = [params]
+    chosen: set[str] = set()
+    for prefix in params:
+        matches = [name for name in trainable if name == prefix or name.startswith(prefix.rstrip(".") + ".")]
+        if not matches:
+            raise ValueError(
+                f"params entry '{prefix}' matches no parameter that requires a gradient. There are: "
+                f"{', '.join(trainable)}."
+            )
+        chosen.update(matches)
+    if not chosen:
+        raise ValueError("params selects no parameters. Pass None for all, names or prefixes, or 'last_layer'.")
+    return [name for name in trainable if name in chosen]
+
+
+def _owner(parameter_name: str) -> str:
+    """Name of the module that owns a parameter."""
+    return parameter_name.rpartition(".")[0]
+
+
+def _require_usable(net: nn.Module) -> None:
+    dtypes = {parameter.dtype for parameter in net.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(f"The net mixes parameter dtypes {sorted(map(str, dtypes))}. Convert it to one of them.")
+    if dtypes - {torch.float32, torch.float64}:
+        raise ValueError(f"The net is {dtypes.pop()}; float32 or float64 is needed, e.g. copy.deepcopy(net).float().")
+    if len({parameter.device for parameter in net.parameters()}) > 1:
+        raise ValueError("The net's parameters are on several devices. Move them to one.")
+    for name, parameter in net.named_parameters():
+        require_finite(parameter.detach(), f"The net's parameter '{name}'")
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"'{name}' normalises by the batch at hand (track_running_stats=False), so outputs depend on the other "
+                "examples. Use running statistics, LayerNorm or GroupNorm."
+            )
+
+
+def _frozen_copy(net: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without gradients (``deepcopy`` of a parameter leaves its ``.grad`` behind)."""
+    return copy.deepcopy(net).eval().requires_grad_(False)

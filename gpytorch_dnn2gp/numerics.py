@@ -1,0 +1,155 @@
+"""Factors, tolerances and input checks. The only home of repairs: each one warns with its size.
+
+Everything the solvers factorise is of the form ``I + (something PSD)``, so a Cholesky factor exists in exact
+arithmetic and jitter is the exception.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+# An answer whose relative error may exceed this is announced. It is the tolerance promised for float32.
+PROMISED_TOLERANCE = 1e-3
+LOG_2PI = math.log(2 * math.pi)
+
+
+class NumericalWarning(RuntimeWarning):
+    """A result had to be repaired, or may be less accurate than promised."""
+
+
+def first_index(mask: Tensor) -> int | tuple[int, ...]:
+    """Index of the first true entry of ``mask``: a number for one dimension, else a tuple."""
+    index = tuple(int(i) for i in mask.nonzero()[0])
+    return index[0] if len(index) == 1 else index
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raise a ``ValueError`` that names the first NaN or infinite entry of ``tensor``."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        index = first_index(bad)
+        raise ValueError(
+            f"{name} has {int(bad.sum())} entries that are NaN or infinite, first {float(tensor[index])} at index "
+            f"{index}. Remove or impute these rows first."
+        )
+
+
+def require_positive(tensor: Tensor, name: str) -> None:
+    """Raise a ``ValueError`` unless every entry is finite and larger than zero."""
+    require_finite(tensor, name)
+    bad = ~(tensor > 0)
+    if bad.any():
+        index = first_index(bad)
+        at = f" at index {index}" if index != () else ""
+        raise ValueError(f"{name} must be positive; got {float(tensor[index])}{at}.")
+
+
+def require_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    """Raise a ``ValueError`` unless ``tensor`` has the dtype and the device of ``other``."""
+    if tensor.dtype != other.dtype:
+        raise ValueError(
+            f"{name} is {tensor.dtype} but {other_name} is {other.dtype}. Convert one of them, "
+            f"e.g. {name}.to({other.dtype})."
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}. Move one of them.")
+
+
+def symmetrize(a: Tensor) -> Tensor:
+    """``(a + a^T)/2``: removes the asymmetry of rounding."""
+    return (a + a.mT) / 2
+
+
+def cholesky(a: Tensor, name: str) -> Tensor:
+    """Lower Cholesky factor of a positive definite ``(..., p, p)``; jitter only if it fails, and then a warning.
+
+    Args:
+        a: symmetric matrix, positive definite up to rounding.
+        name: what the matrix is, for messages.
+
+    Raises:
+        ValueError: if ``a`` is not finite, or not positive definite even with jitter of 1e-4 of its mean diagonal.
+    """
+    factor, info = torch.linalg.cholesky_ex(a)
+    if not info.any():
+        return factor
+    require_finite(a, name)
+    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1).detach()
+    relative = 10 * torch.finfo(a.dtype).eps
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    while relative <= 1e-4:
+        factor, info = torch.linalg.cholesky_ex(a + relative * scale[..., None, None] * eye)
+        if not info.any():
+            warnings.warn(
+                f"{name} is not positive definite in {a.dtype}: {relative:.0e} of its mean diagonal was added. "
+                "Results are accurate to about that much; float64 usually removes the need.",
+                NumericalWarning,
+                stacklevel=3,
+            )
+            return factor
+        relative *= 10
+    raise ValueError(
+        f"{name} is not positive definite, even with {relative / 10:.0e} of its mean diagonal added. "
+        "Use float64, or a larger prior precision."
+    )
+
+
+@torch.no_grad()
+def warn_if_inaccurate(a: Tensor, factor: Tensor, name: str, steps: int = 8) -> None:
+    """Warn when solves with ``a = factor factor^T`` cannot keep ``PROMISED_TOLERANCE`` in its dtype.
+
+    The relative error of a solve is about ``eps * cond(a)``; the condition number is estimated from below by power
+    iterations on ``a`` and on its inverse, which is sharp enough for a warning and costs a few products.
+    """
+    unit_roundoff = torch.finfo(a.dtype).eps / 2
+    # A cheap upper bound first: cond <= ||a||_F as the smallest eigenvalue of I + PSD is at least one.
+    if unit_roundoff * float(torch.linalg.matrix_norm(a).max()) < PROMISED_TOLERANCE:
+        return
+    n = a.shape[-1]
+    v = torch.cos(torch.arange(n, dtype=a.dtype, device=a.device))[:, None].expand(*a.shape[:-2], n, 1)
+    u = v
+    largest = smallest = torch.ones(a.shape[:-2], dtype=a.dtype, device=a.device)
+    for _ in range(steps):
+        v = a @ (v / v.norm(dim=-2, keepdim=True))
+        u = torch.cholesky_solve(u / u.norm(dim=-2, keepdim=True), factor)
+        largest, smallest = v.norm(dim=(-2, -1)), u.norm(dim=(-2, -1)).reciprocal()
+    error = unit_roundoff * float((largest / smallest).max())
+    if error >= PROMISED_TOLERANCE:
+        warnings.warn(
+            f"{name} has condition number {error / unit_roundoff:.1e}: in {a.dtype} its solves may be off by "
+            f"{min(error, 1.0):.0e} relative. Use float64 (net.double() on a copy, data.double()), or a larger prior "
+            "precision or noise.",
+            NumericalWarning,
+            stacklevel=4,
+        )
+
+
+def log_det_from_cholesky(factor: Tensor) -> Tensor:
+    """``log|a|`` of ``a = factor factor^T``."""
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+
+
+@torch.no_grad()
+def warn_if_cancelled(before: Tensor, after: Tensor, name: str) -> None:
+    """Warn when ``after = before - something`` is so much smaller than ``before`` that rounding shows in it."""
+    if after.numel() == 0:
+        return
+    largest_before = float(before.diagonal(dim1=-2, dim2=-1).max())
+    largest_after = float(after.diagonal(dim1=-2, dim2=-1).max())
+    error = torch.finfo(after.dtype).eps * largest_before / max(largest_after, torch.finfo(after.dtype).tiny)
+    if largest_before > 0 and error >= PROMISED_TOLERANCE:
+        warnings.warn(
+            f"{name} ({largest_after:.1e}) is what is left of the prior's ({largest_before:.1e}): in {after.dtype} it "
+            f"may be off by {min(error, 1.0):.0e} relative. Use float64 (net.double() on a copy, data.double()), or "
+            "solver='weight_space'.",
+            NumericalWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,456 @@
+"""Posterior algebra and evidence of the linear model ``f(x) + J(x)(w - w*)``, on the side where it is cheap.
+
+With rows ``U = phi^T``, gradients v, ``D = R R^T`` (laplace.py), prior N(0, S) and ``g = U^T v + S^-1 w*``:
+
+    Sigma        = (U^T D U + S^-1)^-1
+    weight space     A = I + S^(1/2) U^T D U S^(1/2),   Sigma = S^(1/2) A^-1 S^(1/2)            P x P
+    function space   B = I + R^T k R,  k = U S U^T,     Sigma = S - S U^T R B^-1 R^T U S        n m x n m
+    iterative        conjugate gradients with products of A                                     no matrix
+    diagonal         diag(U^T D U) in place of U^T D U                                          P
+
+    log|A| = log|B|;  covariance of f at x*: J* Sigma J*^T;  posterior mean: w* - Sigma g.
+    log evidence  = data term - w*^T S^-1 w* / 2 - log|B| / 2   (Laplace)   ( + g^T Sigma g / 2  for the GP's)
+
+A and B are I + PSD: no inverse of D, no jitter. Everything is differentiable in delta and sigma; sums over the data are
+taken once. n examples, m rows each, P weights, G prior groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from linear_operator.utils.linear_cg import linear_cg
+from torch import Tensor
+
+from . import dual, tiling
+from .laplace import Splitting, curvature
+from .linearize import Rows
+from .numerics import cholesky, log_det_from_cholesky, symmetrize, warn_if_cancelled, warn_if_inaccurate
+from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian, Prior, WeightGroups, WhitenedGaussian
+
+SOLVERS = ("auto", "weight_space", "function_space", "iterative")
+
+
+class Posterior(ABC):
+    """The Gaussian over weights and outputs at fixed prior and noise.
+
+    Attributes:
+        step: ``Sigma g``, ``(P,)``: minus the Gauss-Newton step that the posterior mean is away from w*.
+        newton_decrement: ``g^T Sigma g``.
+    """
+
+    newton_decrement: Tensor
+
+    @property
+    @abstractmethod
+    def step(self) -> Tensor: ...
+
+    @property
+    @abstractmethod
+    def log_det(self) -> Tensor:
+        """``log|I + R^T k R|``, twice the information gained about the weights, in nats."""
+
+    @abstractmethod
+    def covariance(self, rows: Rows) -> Tensor:
+        """``J* Sigma J*^T`` over all examples of each batch element, ``(..., n K, n K)``."""
+
+    @abstractmethod
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        """Its ``K x K`` blocks, one for each example, ``(..., n, K, K)``; memory for one chunk of examples."""
+
+    @abstractmethod
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        """``N(mean, Sigma)``."""
+
+
+class Solver(ABC):
+    """Sums over the data, taken once, from which posteriors for any prior and noise follow.
+
+    Args:
+        rows: U at the training inputs.
+        splitting: v and D; only what does not change with noise and temperature is read here.
+        groups: partition of the weights.
+        base_variance: ``(P,)`` or None; see :class:`Prior`.
+        w: w*, ``(P,)``.
+        progress: True, False, or None for a bar on terminals only.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        splitting: Splitting,
+        groups: WeightGroups,
+        base_variance: Tensor | None,
+        w: Tensor,
+        progress: bool | None = None,
+    ) -> None:
+        self.rows = rows
+        self.w = w
+        self._prepare(splitting.unit(), groups, base_variance, progress)
+
+    @abstractmethod
+    def _prepare(
+        self, unit: Splitting, groups: WeightGroups, base_variance: Tensor | None, progress: bool | None
+    ) -> None: ...
+
+    @abstractmethod
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
+        """The posterior under this prior and this noise."""
+
+
+# ---- weight space
+
+
+class WeightSpace(Solver):
+    """P x P: one pass over the data, then one Cholesky factor for each prior and noise."""
+
+    def _prepare(self, unit, groups, base_variance, progress):
+        p = self.rows.num_weights
+        num_sums = len(unit.noise_scale)
+        tiling.require_memory(
+            (num_sums + 3) * p * p,
+            self.rows.function.dtype,
+            self.w.device,
+            f"The weight-space solver's {num_sums + 3} matrices of {p} x {p} weights",
+            "Use solver='function_space' (n*K x n*K), solver='iterative', structure='diagonal', or fewer params.",
+        )
+        self.second, self.first = curvature(self.rows, unit, per_row=num_sums > 1, progress=progress)
+
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+        return _WeightSpacePosterior(self, prior, splitting)
+
+
+class _WeightSpacePosterior(Posterior):
+    def __init__(self, solver: WeightSpace, prior: Prior, splitting: Splitting) -> None:
+        first_scale, second_scale = _scales(splitting)
+        self.scale = prior.variance.sqrt()
+        second = torch.einsum("c,cpq->pq", second_scale, solver.second)
+        a = symmetrize(self.scale[:, None] * second * self.scale)
+        a = a + torch.eye(len(a), dtype=a.dtype, device=a.device)
+        self.factor = cholesky(a, "The weight-space matrix I + S^1/2 J^T Lambda J S^1/2")
+        warn_if_inaccurate(a, self.factor, "The weight-space matrix")
+        g = first_scale @ solver.first + solver.w / prior.variance
+        white = torch.linalg.solve_triangular(self.factor, (self.scale * g)[:, None], upper=False)
+        self.newton_decrement = white.square().sum()
+        self._step = self.scale * torch.linalg.solve_triangular(self.factor.mT, white, upper=True)[:, 0]
+
+    @property
+    def step(self) -> Tensor:
+        return self._step
+
+    @property
+    def log_det(self) -> Tensor:
+        return log_det_from_cholesky(self.factor)
+
+    def _white(self, rows: Tensor) -> Tensor:
+        """``L^-1 S^(1/2) J*^T`` for rows ``(q, P)``: ``(P, q)``."""
+        return torch.linalg.solve_triangular(self.factor, (rows * self.scale).mT, upper=False)
+
+    def covariance(self, rows: Rows) -> Tensor:
+        white = self._white(rows.features().flatten(0, 1)).mT  # (N K, P)
+        white = white.reshape(*rows.batch_shape[:-1], -1, rows.num_weights)
+        return white @ white.mT
+
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        blocks = []
+        for _, u in rows.blocks():
+            white = self._white(u.flatten(0, 1)).unflatten(1, u.shape[:2])
+            blocks.append(torch.einsum("pbk,pbl->bkl", white, white))
+        return torch.cat(blocks).unflatten(0, rows.batch_shape)
+
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        return WhitenedGaussian(mean, self.scale, self.factor)
+
+
+# ---- function space
+
+
+class FunctionSpace(Solver):
+    """n m x n m: one Gram matrix for each prior group, then one Cholesky factor for each prior and noise."""
+
+    def _prepare(self, unit, groups, base_variance, progress):
+        size = self.rows.num_examples * self.rows.num_rows
+        tiling.require_memory(
+            (len(groups) + 3) * size**2,
+            self.rows.function.dtype,
+            self.w.device,
+            f"The function-space solver's {len(groups) + 3} matrices of {size} x {size} outputs",
+            "Use solver='weight_space' (P x P), solver='iterative', structure='diagonal', or fewer examples.",
+        )
+        self.rows.keep()
+        self.grams = self.rows.gram(groups.indices, base_variance, progress)
+        self.rows_times_w = self.rows.matmul(self.w)
+
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+        return _FunctionSpacePosterior(self, prior, splitting)
+
+
+class _FunctionSpacePosterior(Posterior):
+    def __init__(self, solver: FunctionSpace, prior: Prior, splitting: Splitting) -> None:
+        self.rows, self.w, self.prior, self.splitting = solver.rows, solver.w, prior, splitting
+        v, uw = splitting.v, solver.rows_times_w
+        k = torch.einsum("g,gij->ij", prior.precision.reciprocal(), solver.grams)
+        b = symmetrize(self._root_t(self._root_t(k).mT))
+        b = b + torch.eye(len(b), dtype=b.dtype, device=b.device)
+        self.factor = cholesky(b, "The function-space matrix I + R^T k R")
+        warn_if_inaccurate(b, self.factor, "The function-space matrix")
+        # U S g = k v + U w;   g^T Sigma g = g^T S g - |L^-1 R^T U S g|^2
+        h = (k @ v.flatten()).reshape(v.shape) + uw
+        white = torch.linalg.solve_triangular(self.factor, self._root_t(h.reshape(1, -1)).mT, upper=False)
+        solved = torch.linalg.solve_triangular(self.factor.mT, white, upper=True)
+        gsg = (v * (h + uw)).sum() + prior.squared_norm(self.w)
+        self.newton_decrement = gsg - white.square().sum()
+        # Sigma g = S U^T (v - R B^-1 R^T U S g) + w
+        self._dual_step = v - splitting.apply_root(solved.reshape(len(v), -1))
+        self._step: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        if self._step is None:
+            self._step = self.prior.variance * self.rows.rmatmul(self._dual_step) + self.w
+        return self._step
+
+    @property
+    def log_det(self) -> Tensor:
+        return log_det_from_cholesky(self.factor)
+
+    def _root_t(self, a: Tensor) -> Tensor:
+        """``a R`` for ``a`` ``(..., n m)``: R^T applied to each row."""
+        n = self.rows.num_examples
+        return self.splitting.apply_root_t(a.unflatten(-1, (n, -1))).flatten(-2)
+
+    def _white(self, rows: Tensor) -> Tensor:
+        """``L^-1 R^T U S J*^T`` for rows ``(q, P)``: ``(n m, q)``."""
+        cross = self.rows.cross(rows * self.prior.variance)
+        return torch.linalg.solve_triangular(self.factor, self._root_t(cross).mT, upper=False)
+
+    def covariance(self, rows: Rows) -> Tensor:
+        u = rows.features().flatten(0, 1)
+        lead = rows.batch_shape[:-1]
+        white = self._white(u).mT.reshape(*lead, -1, len(self.factor))
+        u = u.reshape(*lead, -1, rows.num_weights) * self.prior.variance.sqrt()
+        before = u @ u.mT
+        after = before - white @ white.mT
+        warn_if_cancelled(before, after, "The posterior covariance")
+        return after
+
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        befores, afters = [], []
+        for _, u in rows.blocks():
+            white = self._white(u.flatten(0, 1)).unflatten(1, u.shape[:2])
+            u = u * self.prior.variance.sqrt()
+            befores.append(u @ u.mT)
+            afters.append(befores[-1] - torch.einsum("ibk,ibl->bkl", white, white))
+        before, after = torch.cat(befores), torch.cat(afters)
+        warn_if_cancelled(before, after, "The posterior covariance")
+        return after.unflatten(0, rows.batch_shape)
+
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        def rows_matmul(u: Tensor) -> Tensor:
+            return self.splitting.apply_root_t(self.rows.matmul(u)).flatten(-2)
+
+        def rows_rmatmul(a: Tensor) -> Tensor:
+            return self.rows.rmatmul(self.splitting.apply_root(a.unflatten(-1, (self.rows.num_examples, -1))))
+
+        def solve(u: Tensor) -> Tensor:
+            su = self.prior.variance * u
+            inner = rows_matmul(su)
+            inner = torch.cholesky_solve(inner.reshape(-1, len(self.factor)).mT, self.factor).mT.reshape(inner.shape)
+            return su - self.prior.variance * rows_rmatmul(inner)
+
+        return ImplicitGaussian(mean, self.prior.variance, rows_matmul, rows_rmatmul, solve, len(self.factor))
+
+
+# ---- iterative
+
+
+class Iterative(Solver):
+    """Conjugate gradients with products of U, R and their transposes: no matrix of size P or n m, no evidence."""
+
+    def _prepare(self, unit, groups, base_variance, progress):
+        self.progress = progress
+
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+        return _IterativePosterior(self, prior, splitting)
+
+
+class _IterativePosterior(Posterior):
+    MAX_ITERATIONS = 2000
+
+    @torch.no_grad()
+    def __init__(self, solver: Iterative, prior: Prior, splitting: Splitting) -> None:
+        self.rows, self.splitting, self.progress = solver.rows, splitting, solver.progress
+        self.variance = prior.variance
+        self.scale = self.variance.sqrt()
+        g = self.rows.rmatmul(splitting.v) + solver.w / self.variance
+        self._step = self._solve(g[None])[0]
+        self.newton_decrement = g @ self._step
+
+    @property
+    def step(self) -> Tensor:
+        return self._step
+
+    @property
+    def log_det(self) -> Tensor:
+        p, size, item = len(self.scale), self.rows.num_examples * self.rows.num_rows, self.scale.element_size()
+        raise MemoryError(
+            "The evidence needs the log-determinant of a dense matrix, which solver='iterative' does without: "
+            f"{p} x {p} in weight space ({tiling.gigabytes(p * p * item)}), {size} x {size} in function space "
+            f"({tiling.gigabytes(size * size * item)}). Use structure='diagonal', fewer params or fewer examples."
+        )
+
+    @torch.no_grad()
+    def _solve(self, u: Tensor) -> Tensor:
+        """``Sigma u`` for ``u`` ``(c, P)``."""
+
+        def matmul(columns: Tensor) -> Tensor:
+            x = columns.mT
+            inner = self.splitting.apply_root(self.splitting.apply_root_t(self.rows.matmul(x * self.scale)))
+            return (x + self.rows.rmatmul(inner) * self.scale).mT
+
+        tolerance = 1e-6 if u.dtype == torch.float32 else 1e-11
+        solved = linear_cg(
+            matmul,
+            (u * self.scale).mT.contiguous(),
+            tolerance=tolerance,
+            stop_updating_after=tolerance,
+            max_iter=self.MAX_ITERATIONS,
+            max_tridiag_iter=0,
+        )
+        return solved.mT * self.scale
+
+    def _columns(self, rows: Rows, show: bool) -> Tensor:
+        """``J* Sigma J*^T`` by columns over the N examples of ``rows``, as ``(N, K, N, K)``."""
+        n, k = rows.num_examples, rows.num_rows
+        dtype, device = self.scale.dtype, self.scale.device
+        tiling.require_memory(
+            2 * (n * k) ** 2, dtype, device, f"The covariance of {n} points x {k} outputs", "Ask for fewer points."
+        )
+        # A column costs its weights a few times over, and its images at the training points.
+        per_column = 8 * len(self.scale) + 4 * self.rows.num_examples * self.rows.num_rows
+        blocks = []
+        parts = tiling.chunks(n * k, tiling.chunk_length(per_column, dtype, device))
+        for part in tiling.progress(parts, "Conjugate gradients", self.progress if show else False):
+            unit = torch.zeros(part.stop - part.start, n * k, dtype=dtype, device=device)
+            unit[:, part] = torch.eye(len(unit), dtype=dtype, device=device)
+            with torch.no_grad():
+                solved = self._solve(rows.rmatmul(unit.unflatten(-1, (n, k))))
+            blocks.append(rows.matmul(solved))
+        columns = torch.cat(blocks).unflatten(0, (n, k))
+        # With Z = Sigma J*^T fixed, d(J* Sigma J*^T) = dJ* Z + Z^T dJ*^T: the gradient in x needs no solve.
+        transposed = columns.permute(2, 3, 0, 1)
+        return columns + transposed - ((columns + transposed) / 2).detach()
+
+    def covariance(self, rows: Rows) -> Tensor:
+        lead, (n, k) = rows.batch_shape[:-1], (rows.batch_shape[-1], rows.num_rows)
+        covariances = [
+            self._columns(self._part(rows, slice(start, start + n)), show=True).reshape(n * k, n * k)
+            for start in range(0, rows.num_examples, n)
+        ]
+        return torch.stack(covariances).reshape(*lead, n * k, n * k)
+
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        examples = tiling.progress(range(rows.num_examples), "Conjugate gradients, by example", self.progress)
+        blocks = [self._columns(self._part(rows, slice(i, i + 1)), show=False)[0, :, 0] for i in examples]
+        return torch.stack(blocks).unflatten(0, rows.batch_shape)
+
+    def _part(self, rows: Rows, part: slice) -> Rows:
+        x = rows.x[part]
+        return Rows(rows.function, x, torch.Size([len(x)]))
+
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        def rows_matmul(u: Tensor) -> Tensor:
+            return self.splitting.apply_root_t(self.rows.matmul(u)).flatten(-2)
+
+        def rows_rmatmul(a: Tensor) -> Tensor:
+            return self.rows.rmatmul(self.splitting.apply_root(a.unflatten(-1, (self.rows.num_examples, -1))))
+
+        def solve(u: Tensor) -> Tensor:
+            return self._solve(u.reshape(-1, u.shape[-1])).reshape(u.shape)
+
+        num_rows = self.rows.num_examples * self.splitting.v.shape[-1]
+        return ImplicitGaussian(mean, self.variance, rows_matmul, rows_rmatmul, solve, num_rows)
+
+
+# ---- diagonal
+
+
+class Diagonal(Solver):
+    """``diag(U^T D U)`` in place of the whole: the paper's practical variant. An approximation of another kind."""
+
+    def _prepare(self, unit, groups, base_variance, progress):
+        self.second, self.first = curvature(
+            self.rows, unit, diagonal=True, per_row=len(unit.noise_scale) > 1, progress=progress
+        )
+
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+        return _DiagonalPosterior(self, prior, splitting)
+
+
+class _DiagonalPosterior(Posterior):
+    def __init__(self, solver: Diagonal, prior: Prior, splitting: Splitting) -> None:
+        first_scale, second_scale = _scales(splitting)
+        second = second_scale @ solver.second
+        self.variance = 1 / (second + 1 / prior.variance)
+        self._log_det = torch.log1p(prior.variance * second).sum()
+        g = first_scale @ solver.first + solver.w / prior.variance
+        self._step = self.variance * g
+        self.newton_decrement = g @ self._step
+
+    @property
+    def step(self) -> Tensor:
+        return self._step
+
+    @property
+    def log_det(self) -> Tensor:
+        return self._log_det
+
+    def covariance(self, rows: Rows) -> Tensor:
+        u = rows.batched_features(self.variance)
+        return u @ u.mT
+
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        blocks = [(u * self.variance) @ u.mT for _, u in rows.blocks()]
+        return torch.cat(blocks).unflatten(0, rows.batch_shape)
+
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        return DiagonalGaussian(mean, self.variance)
+
+
+# ---- which one
+
+
+def choose(rows: Rows, num_groups: int, num_sums: int) -> type[Solver]:
+    """The cheaper dense side among those that fit in memory, by counting; the iterative solver where neither does."""
+    p, size = rows.num_weights, rows.num_examples * rows.num_rows
+    dtype, device = rows.function.dtype, rows.x.device
+    weight_fits = tiling.fits((num_sums + 3) * p * p, dtype, device)
+    function_fits = tiling.fits((num_groups + 3) * size * size, dtype, device)
+    weight_cost, function_cost = size * p * p + p**3 / 3, size * size * p + size**3 / 3
+    if weight_fits and (weight_cost <= function_cost or not function_fits):
+        return WeightSpace
+    return FunctionSpace if function_fits else Iterative
+
+
+def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:
+    """What the sums of v and of D at unit noise are multiplied by, each ``(C,)``."""
+    scale = splitting.noise_scale
+    return scale, scale.square() if splitting.features == "gradient" else scale
+
+
+def log_evidence(posterior: Posterior, prior: Prior, splitting: Splitting, w: Tensor, kind: str = "laplace") -> Tensor:
+    """Laplace or GP evidence (see the module's formulas), a scalar in nats.
+
+    Args:
+        posterior, prior, splitting: at one setting of the hyperparameters.
+        w: w*, ``(P,)``.
+        kind: "laplace", or "gp" for the density ``log N(y~; 0, k + Lambda^-1)`` of the dual targets. For a Gaussian
+            loss the two differ by half the Newton decrement, and agree at a stationary point.
+    """
+    common = -0.5 * prior.squared_norm(w) - 0.5 * posterior.log_det
+    if kind == "laplace":
+        return splitting.data_term() + common
+    if kind == "gp":
+        return dual.log_normalizer(splitting) + common + 0.5 * posterior.newton_decrement
+    raise ValueError(f"kind must be 'laplace' or 'gp'; got {kind!r}.")

@@ -1,0 +1,242 @@
+"""Gaussians over weights: priors by groups, and posteriors by what is cheap to do with them.
+
+    paper          here                     shape
+    S_0            Prior.variance           (P,), its diagonal
+    delta          Prior.precision          (G,), one per group of weights
+    N(w_*, Sigma)  GaussianWeights          mean (P,)
+
+P weights in ``named_parameters`` order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import tiling
+from .numerics import require_positive, symmetrize
+
+
+@dataclass(frozen=True)
+class WeightGroups:
+    """A partition of the weight vector.
+
+    Attributes:
+        names: what each group is called.
+        indices: for each group the positions of its weights, long tensors.
+    """
+
+    names: tuple[str, ...]
+    indices: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, device: torch.device) -> Tensor:
+        """For each weight the number of its group, ``(P,)``."""
+        out = torch.empty(sum(len(i) for i in self.indices), dtype=torch.long)
+        for number, positions in enumerate(self.indices):
+            out[positions] = number
+        return out.to(device)
+
+
+def weight_groups(
+    param_names: Sequence[str],
+    param_sizes: Sequence[int],
+    groups: Sequence[str | Sequence[str]] | None,
+    num_precisions: int,
+) -> WeightGroups:
+    """Which weights share a prior precision.
+
+    Args:
+        param_names, param_sizes: the selected parameters.
+        groups: one entry per group, each a name, a prefix, or a list of them; every parameter in exactly one. None
+            means all weights for one precision, and one group per parameter tensor for several.
+        num_precisions: number of precisions given.
+
+    Raises:
+        ValueError: groups that overlap or leave a parameter out, or another number of precisions than of groups.
+    """
+    if groups is None:
+        groups = [[""]] if num_precisions == 1 else [[name] for name in param_names]
+    groups = [[group] if isinstance(group, str) else list(group) for group in groups]
+    starts = [0]
+    for size in param_sizes:
+        starts.append(starts[-1] + size)
+    owner: dict[str, int] = {}
+    for number, prefixes in enumerate(groups):
+        found = [n for n in param_names if any(p == "" or n == p or n.startswith(p.rstrip(".") + ".") for p in prefixes)]
+        if not found:
+            raise ValueError(f"groups entry {prefixes} matches none of the parameters {', '.join(param_names)}.")
+        for name in found:
+            if name in owner:
+                raise ValueError(f"Parameter '{name}' is in groups {groups[owner[name]]} and {prefixes}.")
+            owner[name] = number
+    missing = [name for name in param_names if name not in owner]
+    if missing:
+        raise ValueError(f"groups leave out {', '.join(missing)}: every parameter needs a prior precision.")
+    if num_precisions not in (1, len(groups)):
+        raise ValueError(f"prior_precision has {num_precisions} entries for {len(groups)} groups of weights.")
+    indices = tuple(
+        torch.cat([torch.arange(starts[i], starts[i + 1]) for i, n in enumerate(param_names) if owner[n] == number])
+        for number in range(len(groups))
+    )
+    return WeightGroups(tuple("+".join(g) if g != [""] else "all" for g in groups), indices)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """``w ~ N(0, S0)``, ``S0 = diag(base_variance / delta_g)`` with one precision delta per group.
+
+    Attributes:
+        precision: delta, ``(G,)``, positive; may carry a graph.
+        group_index: number of each weight's group, ``(P,)``.
+        base_variance: ``(P,)`` (from a VOGN iterate, say), or None for ones.
+    """
+
+    precision: Tensor
+    group_index: Tensor
+    base_variance: Tensor | None = None
+
+    @property
+    def variance(self) -> Tensor:
+        """Diagonal of S0, ``(P,)``."""
+        variance = self.precision.reciprocal()[self.group_index]
+        return variance if self.base_variance is None else variance * self.base_variance
+
+    def squared_norm(self, w: Tensor) -> Tensor:
+        """``w^T S0^-1 w``."""
+        return (w.square() / self.variance).sum()
+
+
+class GaussianWeights(ABC):
+    """A Gaussian over the P weights, by its products; matrices are formed only when asked for.
+
+    Attributes:
+        mean: ``(P,)``.
+    """
+
+    mean: Tensor
+
+    @abstractmethod
+    def covariance_matmul(self, v: Tensor) -> Tensor:
+        """``Sigma v`` for ``v`` ``(..., P)``."""
+
+    @abstractmethod
+    def precision_matmul(self, v: Tensor) -> Tensor:
+        """``Sigma^-1 v`` for ``v`` ``(..., P)``."""
+
+    @abstractmethod
+    def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:
+        """Draws, ``(*sample_shape, P)``."""
+
+    def covariance(self) -> Tensor:
+        """Sigma, ``(P, P)``."""
+        return symmetrize(self.covariance_matmul(self._eye("covariance")))
+
+    def precision(self) -> Tensor:
+        """``Sigma^-1``, ``(P, P)``."""
+        return symmetrize(self.precision_matmul(self._eye("precision")))
+
+    def _eye(self, what: str) -> Tensor:
+        p = len(self.mean)
+        tiling.require_memory(
+            3 * p * p,
+            self.mean.dtype,
+            self.mean.device,
+            f"The {p} x {p} {what} of the weights",
+            f"Use {what}_matmul, which needs no matrix.",
+        )
+        return torch.eye(p, dtype=self.mean.dtype, device=self.mean.device)
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        return torch.randn(shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator)
+
+
+class DiagonalGaussian(GaussianWeights):
+    """``N(mean, diag(variance))``; both ``(P,)``."""
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        require_positive(variance.detach(), "variance")
+        self.mean = mean
+        self.variance = variance
+
+    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        return v * self.variance
+
+    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        return v / self.variance
+
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
+        noise = self._noise((*sample_shape, len(self.mean)), generator)
+        return self.mean + self.variance.sqrt() * noise
+
+
+class WhitenedGaussian(GaussianWeights):
+    """``N(mean, D A^-1 D)`` with ``D = diag(scale)`` and ``A = L L^T``: the weight-space posterior.
+
+    Args:
+        mean, scale: ``(P,)``.
+        factor: L, ``(P, P)``.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, factor: Tensor) -> None:
+        self.mean = mean
+        self.scale = scale
+        self.factor = factor
+
+    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        columns = (v * self.scale).reshape(-1, len(self.mean)).mT
+        return torch.cholesky_solve(columns, self.factor).mT.reshape(v.shape) * self.scale
+
+    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        return ((v / self.scale) @ self.factor @ self.factor.mT) / self.scale
+
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
+        # D L^-T e has covariance D (L L^T)^-1 D
+        noise = self._noise((*sample_shape, len(self.mean)), generator)
+        columns = noise.reshape(-1, len(self.mean)).mT
+        white = torch.linalg.solve_triangular(self.factor.mT, columns, upper=True).mT.reshape(noise.shape)
+        return self.mean + self.scale * white
+
+
+class ImplicitGaussian(GaussianWeights):
+    """A Gaussian known by its products: ``Sigma^-1 = S0^-1 + E^T E`` with few rows E, or only as an operator.
+
+    Args:
+        mean, prior_variance: ``(P,)``.
+        rows_matmul: ``(..., P) -> (..., rows)``, the product with E.
+        rows_rmatmul: ``(..., rows) -> (..., P)``, the product with E^T.
+        solve: ``(..., P) -> (..., P)``, the product with Sigma.
+        num_rows: rows of E.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        prior_variance: Tensor,
+        rows_matmul: Callable[[Tensor], Tensor],
+        rows_rmatmul: Callable[[Tensor], Tensor],
+        solve: Callable[[Tensor], Tensor],
+        num_rows: int,
+    ) -> None:
+        self.mean = mean
+        self._prior_variance = prior_variance
+        self._rows_matmul, self._rows_rmatmul, self._solve = rows_matmul, rows_rmatmul, solve
+        self._num_rows = num_rows
+
+    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        return self._solve(v)
+
+    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+        return v / self._prior_variance + self._rows_rmatmul(self._rows_matmul(v))
+
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
+        # Sigma (S0^-1/2 e + E^T e') has covariance Sigma (S0^-1 + E^T E) Sigma = Sigma
+        noise = self._noise((*sample_shape, len(self.mean)), generator)
+        row_noise = self._noise((*sample_shape, self._num_rows), generator)
+        return self.mean + self._solve(noise / self._prior_variance.sqrt() + self._rows_rmatmul(row_noise))
