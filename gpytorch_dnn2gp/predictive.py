@@ -47,7 +47,8 @@ from .numerics import NumericalWarning, cholesky, first_index, require_finite, r
 
 __all__ = ["LabelMoments", "approximations", "predictive"]
 
-MAX_NODES = 4096  # of a mixture
+MIN_NODES, MAX_NODES = 256, 2048  # of a mixture of many components, for each label
+MAX_MIXTURE = 2**24  # components of all of them, while there are MIN_NODES
 CHUNK = 2**22  # numbers of one chunk of Monte Carlo; fixed, since what a generator draws depends on it
 
 
@@ -263,10 +264,10 @@ def _poisson_exact(loss: losses.Poisson, mean: Tensor, covariance: Tensor) -> La
     rate = torch.exp(mean + v / 2)
     epistemic = rate.square() * torch.expm1(v)
     require_finite(epistemic, "the variance of the Poisson rate exp(f), log-normal,")
-    # In z, p(y|f) is about 1 / sqrt(v rate) wide where it is narrowest among the nodes that matter.
+    # In z, p(y|f) is about 1 / sqrt(v rate) wide. Aim at rates 4 standard deviations up, insist on 2.
     scale = _safe_sqrt(v)
-    narrowest = torch.exp(-0.5 * (mean + 4 * scale)) / scale.clamp(min=1e-6)
-    z, log_weights = _normal_nodes(narrowest, scale, mean)
+    width, enough = (torch.exp(-0.5 * (mean + up * scale)) / scale.clamp(min=1e-6) for up in (4, 2))
+    z, log_weights = _normal_nodes(width, scale, mean, enough)
     rates = torch.exp(mean.unsqueeze(-1) + scale.unsqueeze(-1) * z)
     y = _mixture(log_weights, torch.distributions.Poisson(rates))
     return LabelMoments(rate, rate, epistemic, Independent(y, 1))
@@ -301,8 +302,8 @@ def _heteroscedastic_exact(loss: losses.HeteroscedasticGaussian, mean: Tensor, c
     rest = (v_m - slope.square()).clamp(min=0)
     # As functions of z the components vary over 1 / sqrt(v_s), and over their width divided by the slope of their mean.
     width = torch.sqrt(rest + torch.exp(2 * (s - 2 * scale))) / slope.abs().clamp(min=1e-6)
-    narrowest = torch.minimum(width, 1 / scale.clamp(min=1e-6))
-    z, log_weights = _normal_nodes(narrowest, scale, mean)
+    width = torch.minimum(width, 1 / scale.clamp(min=1e-6))
+    z, log_weights = _normal_nodes(width, scale, m, enough=width)
     center = m.unsqueeze(-1) + slope.unsqueeze(-1) * z
     spread = torch.sqrt(rest.unsqueeze(-1) + torch.exp(2 * (s.unsqueeze(-1) + scale.unsqueeze(-1) * z)))
     y = _mixture(log_weights, Normal(center, spread))
@@ -400,28 +401,33 @@ def _safe_sqrt(v: Tensor) -> Tensor:
     return torch.where(v > 0, torch.sqrt(torch.where(v > 0, v, 1.0)), 0.0)
 
 
-def _normal_nodes(width: Tensor | float, scale: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+def _normal_nodes(
+    width: Tensor | float, scale: Tensor | float, like: Tensor, enough: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Nodes and log weights of the trapezoidal rule for ``z ~ N(0, 1)``.
 
     Unlike the Gauss-Hermite rule's, its nodes are as dense as the integrand needs: for a Gaussian of width w its error
     is ``2 exp(-2 pi^2 w^2 / spacing^2)``, 5e-9 at a spacing of w. They reach far enough for ``e^(2 scale z)``.
 
     Args:
-        width: of the integrand as a function of z; the least counts.
+        width: of the integrand as a function of z, for each integral; the nodes are shared, and the least width counts.
         scale: standard deviation of what z stands for; the largest counts.
-        like: gives the type.
+        like: the integrals' type and number, which bounds that of the nodes.
+        enough: a warning tells of a spacing of more than two of these widths, an error of 1.4 %.
     """
-    spacing = min(0.5, torch.as_tensor(width).detach().min().item())
-    reach = 8.5 + 2 * torch.as_tensor(scale).detach().max().item()
-    half = math.ceil(reach / spacing)
-    if 2 * half + 1 > MAX_NODES:
-        warnings.warn(
-            f"the density of y needs {2 * half + 1} nodes to be smooth, and has {MAX_NODES}: the label's noise is far "
-            "narrower than what is not known of f. The moments are exact; log probabilities are rough.",
-            NumericalWarning,
-            stacklevel=4,
-        )
-        half = MAX_NODES // 2
+    width, enough, scale = (torch.as_tensor(a).detach() for a in (width, enough, scale))
+    reach = 8.5 + 2 * scale.max().item()
+    half = math.ceil(reach / min(0.5, width.min().item()))
+    most = max(MIN_NODES, min(MAX_NODES, MAX_MIXTURE // max(1, like.numel()))) // 2
+    if half > most:
+        half = most
+        if reach / half > 2 * enough.min().item() > 0:
+            warnings.warn(
+                "log probabilities of y are rough: the label's noise is far narrower than what is not known of f, and "
+                f"{2 * half + 1} nodes leave gaps between them. The moments are exact.",
+                NumericalWarning,
+                stacklevel=4,
+            )
     z = torch.linspace(-reach, reach, 2 * half + 1, dtype=like.dtype, device=like.device)
     return z, log_softmax(-0.5 * z.square(), -1)
 
