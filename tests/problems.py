@@ -104,6 +104,11 @@ class Problem:
             self.net, self.x, self.y, self.loss(), prior_precision=prior_precision, **{**shape, **kwargs}
         )
 
+    def predict(self, gp: dnn2gp.LaplaceGP, x: Tensor, **kwargs) -> dnn2gp.Prediction:
+        """Labels by the loss's default; to first order for natural parameters, whose default draws samples."""
+        approximation = "linear" if self.hand.name == "natural" else None
+        return gp.predict(x, **{"approximation": approximation, **kwargs})
+
     def linearization(self, **kwargs) -> dnn2gp.Linearization:
         return dnn2gp.Linearization(self.net, input_shape=self.input_shape, input_dtype=self.input_dtype, **kwargs)
 
@@ -165,6 +170,8 @@ CASES = [
     "natural",
     "own_loss",
 ]
+# Without labels to predict: a user's own loss, whose distribution is not known, and noise known by example alone.
+PREDICTED = [name for name in CASES if name not in ("own_loss", "gaussian_per_example")]
 INVERTIBLE = [name for name in CASES if not name.startswith("categorical")]
 GAUSSIAN = [name for name in CASES if name.startswith("gaussian")]
 
