@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .laplace import Splitting
 from .losses import Categorical
-from .numerics import first_index
+from .numerics import LOG_2PI, first_index
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def log_normalizer(splitting: Splitting) -> Tensor:
         ValueError: where D is singular, as a softmax's always is: the density of such targets is improper.
     """
     n = len(splitting.f)
-    half_log_2pi = 0.5 * torch.log(torch.tensor(2 * torch.pi)).to(splitting.f)
     if splitting.features == "gradient":
-        return -n * (0.5 + half_log_2pi)
+        return splitting.f.new_tensor(-0.5 * n * (1 + LOG_2PI))
     if isinstance(splitting.loss, Categorical) or not splitting.loss.invertible:
         raise ValueError(
             f"The GP evidence of {splitting.loss} does not exist: its noise precision is singular, so the density of "
@@ -107,4 +106,4 @@ def log_normalizer(splitting: Splitting) -> Tensor:
     offset = newton_offset(splitting)
     factor = torch.linalg.cholesky(noise_precision(splitting))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum()
-    return -0.5 * (offset * splitting.v).sum() + 0.5 * log_det - offset.numel() * half_log_2pi
+    return -0.5 * (offset * splitting.v).sum() + 0.5 * log_det - 0.5 * offset.numel() * LOG_2PI

@@ -17,6 +17,7 @@ import gpytorch
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.models import ExactGP
+from linear_operator import to_linear_operator
 from linear_operator.operators import ZeroLinearOperator
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -314,13 +315,18 @@ class LaplaceGP(ExactGP):
         x = self.linearization.flatten_inputs(x)
         rows = self.linearization.rows(x)
         center = self._mean(x, mean)
+        if noise is None and self.likelihood.per_example_noise:
+            raise ValueError(
+                "The noise was given for each training example, so that of new ones is not known, however many they "
+                "are: pass noise=, sigma^2 of shape (m, 1) or (m, K). gp(x), the posterior of f, needs none."
+            )
         loss = self.loss if noise is None else self.likelihood.loss_with(noise)
         if joint:
             f = self._distribution(center, self._joint_covariance(rows))
             covariance = _diagonal_blocks(f.covariance_matrix, self.num_outputs)
         else:
             covariance = self.posterior().covariance_blocks(rows)
-            f = MultivariateNormal(center, covariance)
+            f = MultivariateNormal(center, to_linear_operator(covariance))
         labels = predictive(loss, center, covariance, approximation, num_samples, generator)
         return Prediction(labels.mean, labels.aleatoric, labels.epistemic, f, labels.y, labels.probs)
 
@@ -345,7 +351,9 @@ class LaplaceGP(ExactGP):
             splitting, prior = self._splitting(), self.covar_module.prior()
             w = self.linearization.weights
             gradient = self._training_rows(splitting).rmatmul(splitting.v) + w / prior.variance
-            return Stationarity(float(gradient.norm()), float(self.posterior().newton_decrement))
+            # g^T (Sigma g): unlike the solver's own form it does not cancel near a stationary point
+            decrement = (gradient @ self.posterior().step).clamp(min=0)
+            return Stationarity(float(gradient.norm()), float(decrement))
 
     def log_evidence(
         self, kind: str = "laplace", prior_precision: Tensor | None = None, noise: Tensor | None = None
@@ -434,6 +442,7 @@ class LaplaceGP(ExactGP):
         return self.posterior().covariance(rows)
 
     def _distribution(self, mean: Tensor, covariance) -> MultivariateNormal:
+        covariance = to_linear_operator(covariance)  # a plain tensor would be factorised at once, singular or not
         if self.num_outputs == 1:
             return MultivariateNormal(mean.squeeze(-1), covariance)
         return MultitaskMultivariateNormal(mean, covariance)

@@ -130,7 +130,8 @@ class JacobianKernel(Kernel):
         self._set_prior_precision(value)
 
     def _set_prior_precision(self, value: float | Sequence[float] | Tensor) -> None:
-        value = torch.as_tensor(value).to(self.raw_prior_precision)
+        raw = self.raw_prior_precision
+        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
         require_positive(value.detach(), "prior_precision")
         if value.dim() == len(self.batch_shape):
             value = value.unsqueeze(-1)

@@ -90,7 +90,7 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         if not self._loss.has_noise:
             raise ValueError(f"{self._loss} has no noise to set.")
         target = self._given_noise if self.per_example_noise else self.raw_noise
-        value = torch.as_tensor(value).to(target)
+        value = torch.as_tensor(value, dtype=target.dtype, device=target.device)
         require_positive(value.detach(), "noise")
         try:
             value = value.expand(target.shape)
@@ -108,7 +108,7 @@ class GGNLikelihood(_GaussianLikelihoodBase):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        value = torch.as_tensor(float(value)).to(self._temperature)
+        value = self._temperature.new_tensor(float(value))
         require_positive(value, "temperature")
         self._temperature = value
 
