@@ -191,7 +191,7 @@ def test_subsets_of_the_weights(params, names, solver):
 
 
 def minimised(p: Problem, delta: float) -> Problem:
-    """The same problem with the net at a minimiser of nll + delta/2 |w|^2: L-BFGS, then damped Newton steps."""
+    """The same problem with the net at a minimiser of nll + delta/2 |w|^2: damped Newton steps."""
     with torch.no_grad():
         for q in p.net.parameters():
             q *= 0.1
@@ -204,24 +204,16 @@ def minimised(p: Problem, delta: float) -> Problem:
         f = f[:, None] if f.dim() == 1 else f
         return p.hand.nll(f, p.labels) + 0.5 * delta * w @ w
 
-    w = oracle.weights(p.net).requires_grad_()
-    tolerances = {"tolerance_grad": 1e-12, "tolerance_change": 0}
-    lbfgs = torch.optim.LBFGS([w], max_iter=500, line_search_fn="strong_wolfe", **tolerances)
-
-    def closure():
-        lbfgs.zero_grad()
-        value = objective(w)
-        value.backward()
-        return value
-
-    lbfgs.step(closure)
-    w = w.detach()
-    for _ in range(20):
+    w = oracle.weights(p.net)
+    for _ in range(200):
         g, H = grad(objective)(w), hessian(objective)(w)
-        if g.norm() < 1e-11:
+        if g.norm() < 1e-12:
             break
         values, vectors = torch.linalg.eigh(H)
-        w = w - vectors @ ((vectors.T @ g) / values.abs().clamp(min=1e-6))
+        step, size = vectors @ ((vectors.T @ g) / values.abs().clamp(min=1e-3)), 1.0
+        while size > 1e-6 and not objective(w - size * step) < objective(w):
+            size /= 2
+        w = w - (size if size > 1e-6 else 1.0) * step  # at the end no decrease is visible in float64
     assert grad(objective)(w).norm() < 1e-9
     torch.nn.utils.vector_to_parameters(w, p.net.parameters())
     return p
@@ -233,11 +225,13 @@ def minimised(p: Problem, delta: float) -> Problem:
 )
 def test_theorem_1_at_a_minimiser(name, solver):
     """There the mean is w*, both readings agree, and so do both evidences of a Gaussian loss."""
-    p = minimised(problem(name, n=12), DELTA)
-    gp = p.gp(DELTA, solver=solver)
+    delta = 2.0 if name == "log_sigma" else DELTA  # a small one lets sigma collapse on single points
+    p = minimised(problem(name, n=12), delta)
+    gp = p.gp(delta, solver=solver)
     f = p.outputs(p.x_test)
+    assert f.std() > 1e-2  # not the trivial one, w = 0
     assert_close(gp.weight_posterior().mean, oracle.weights(p.net), what="w*")
-    assert_close(gp.weight_posterior().covariance(), p.dense(DELTA).sigma, what="Sigma")
+    assert_close(gp.weight_posterior().covariance(), p.dense(delta).sigma, what="Sigma")
     assert_close(flat_mean(gp(p.x_test)), f.flatten(), what="f(x)")
     assert_close(gp.predict(p.x_test, mean="posterior").f.mean.reshape(f.shape), f, what="f(x)")
     assert float(gp.stationarity().gradient_norm) < 1e-8
