@@ -158,11 +158,11 @@ class LaplaceGP(ExactGP):
         if input_shape is None and not isinstance(net, Linearization) and train_x.dim() > 2:
             input_shape = train_x.shape[1:]
         lin = as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
-        train_x = lin.flatten_inputs(train_x).detach()
+        train_x = lin.flatten_inputs(train_x).detach().clone()  # read again later: must not change with the user's
         f = lin(train_x).detach()
         if len(f) == 0:
             raise ValueError("train_x is empty.")
-        labels = loss.check_labels(train_y, f.shape[-1], len(f), f.dtype, f.device)
+        labels = loss.check_labels(train_y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
 
         super().__init__(train_x, _output_targets(loss, f, labels), GGNLikelihood(loss, lin, temperature=temperature))
         self.mean_module = NetworkMean(lin)

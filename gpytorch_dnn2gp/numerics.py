@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -153,3 +154,45 @@ def warn_if_cancelled(before: Tensor, after: Tensor, name: str) -> None:
             NumericalWarning,
             stacklevel=4,
         )
+
+
+@torch.no_grad()
+def conjugate_gradients(
+    matmul: Callable[[Tensor], Tensor], b: Tensor, name: str, tolerance: float | None = None, max_iterations: int = 2000
+) -> Tensor:
+    """Solve ``A z = b`` for many right-hand sides at once, given products with a positive definite A.
+
+    Of our own, since linear_operator's counts inner products below 1e-10 as zero and so stalls at relative residuals
+    of 1e-5, and takes ten steps at least; this one also needs no copy in the other memory order.
+
+    Args:
+        matmul: ``(c, p) -> (c, p)``, the product of A with each row.
+        b: ``(c, p)``.
+        name: what A is, for the warning.
+        tolerance: of ``|b - A z| / |b|``, for every row; by default 1e-5 in float32, 1e-11 in float64.
+        max_iterations: after which a :class:`NumericalWarning` tells the residual.
+    """
+    if tolerance is None:
+        tolerance = 1e-5 if b.dtype == torch.float32 else 1e-11
+    z, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    squared = residual.square().sum(-1, keepdim=True)
+    target = tolerance**2 * squared
+    for _ in range(max_iterations):
+        if (squared <= target).all():
+            return z
+        image = matmul(direction)
+        # a row that has converged to zero residual stays where it is
+        length = torch.where(squared > 0, squared / (direction * image).sum(-1, keepdim=True), 0)
+        z.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
+        previous, squared = squared, residual.square().sum(-1, keepdim=True)
+        direction.mul_(torch.where(previous > 0, squared / previous, 0)).add_(residual)
+    worst = float((squared / target).max().sqrt()) * tolerance
+    if worst > tolerance:
+        warnings.warn(
+            f"Conjugate gradients with {name} stopped after {max_iterations} iterations at a relative residual of "
+            f"{worst:.0e}. Use a dense solver, float64, or a larger prior precision or noise.",
+            NumericalWarning,
+            stacklevel=4,
+        )
+    return z

@@ -83,7 +83,7 @@ def fit_evidence(
     if fit_noise:
         start = torch.cat([start, noise0.log().flatten()])
     bar = tiling.progress(None, "Evidence", progress, unit=" evaluations")
-    history: list[tuple[float, np.ndarray]] = []
+    history: list[tuple[float, np.ndarray, float]] = []  # objective, logarithms, evidence
 
     def set_to(theta: torch.Tensor) -> None:
         gp.prior_precision = theta[:num_groups].exp()
@@ -97,13 +97,12 @@ def fit_evidence(
             evidence = gp.log_evidence(kind, prior_precision=theta[:num_groups].exp(), noise=noise)
             total = evidence + _log_priors(gp, theta[:num_groups].exp(), noise)
             (gradient,) = torch.autograd.grad(total, theta)
-        history.append((float(total), values.copy(), float(evidence)))
+        history.append((float(total.detach()), values.copy(), float(evidence.detach())))
         bar.update()
-        bar.set_postfix(evidence=f"{float(evidence):.2f}")
-        return -float(total), -gradient.double().cpu().numpy()
+        bar.set_postfix(evidence=f"{history[-1][2]:.2f}")
+        return -history[-1][0], -gradient.double().cpu().numpy()
 
     x0 = start.double().cpu().numpy()
-    result = None
     try:
         result = minimize(
             objective,

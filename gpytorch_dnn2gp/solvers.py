@@ -20,13 +20,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from linear_operator.utils.linear_cg import linear_cg
 from torch import Tensor
 
 from . import dual, tiling
 from .laplace import Splitting, curvature
 from .linearize import Rows
-from .numerics import cholesky, log_det_from_cholesky, symmetrize, warn_if_cancelled, warn_if_inaccurate
+from .numerics import cholesky, conjugate_gradients, log_det_from_cholesky, symmetrize, warn_if_cancelled, warn_if_inaccurate
 from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian, Prior, WeightGroups, WhitenedGaussian
 
 SOLVERS = ("auto", "weight_space", "function_space", "iterative")
@@ -276,8 +275,6 @@ class Iterative(Solver):
 
 
 class _IterativePosterior(Posterior):
-    MAX_ITERATIONS = 2000
-
     @torch.no_grad()
     def __init__(self, solver: Iterative, prior: Prior, splitting: Splitting) -> None:
         self.rows, self.splitting, self.progress = solver.rows, splitting, solver.progress
@@ -304,21 +301,11 @@ class _IterativePosterior(Posterior):
     def _solve(self, u: Tensor) -> Tensor:
         """``Sigma u`` for ``u`` ``(c, P)``."""
 
-        def matmul(columns: Tensor) -> Tensor:
-            x = columns.mT
+        def matmul(x: Tensor) -> Tensor:
             inner = self.splitting.apply_root(self.splitting.apply_root_t(self.rows.matmul(x * self.scale)))
-            return (x + self.rows.rmatmul(inner) * self.scale).mT
+            return self.rows.rmatmul(inner).mul_(self.scale).add_(x)
 
-        tolerance = 1e-6 if u.dtype == torch.float32 else 1e-11
-        solved = linear_cg(
-            matmul,
-            (u * self.scale).mT.contiguous(),
-            tolerance=tolerance,
-            stop_updating_after=tolerance,
-            max_iter=self.MAX_ITERATIONS,
-            max_tridiag_iter=0,
-        )
-        return solved.mT * self.scale
+        return conjugate_gradients(matmul, u * self.scale, "I + S^1/2 J^T Lambda J S^1/2") * self.scale
 
     def _columns(self, rows: Rows, show: bool) -> Tensor:
         """``J* Sigma J*^T`` by columns over the N examples of ``rows``, as ``(N, K, N, K)``."""
@@ -328,7 +315,7 @@ class _IterativePosterior(Posterior):
             2 * (n * k) ** 2, dtype, device, f"The covariance of {n} points x {k} outputs", "Ask for fewer points."
         )
         # A column costs its weights a few times over, and its images at the training points.
-        per_column = 8 * len(self.scale) + 4 * self.rows.num_examples * self.rows.num_rows
+        per_column = 6 * len(self.scale) + 4 * self.rows.num_examples * self.rows.num_rows
         blocks = []
         parts = tiling.chunks(n * k, tiling.chunk_length(per_column, dtype, device))
         for part in tiling.progress(parts, "Conjugate gradients", self.progress if show else False):
