@@ -92,11 +92,12 @@ def test_never_silently_wrong(name, solver, n, log_delta, log_sigma, seed):
     check_honest(p, 10.0**log_delta, solver)
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, "iterative"])
-@pytest.mark.parametrize("repeat", [1, 5])
+@pytest.mark.parametrize(
+    ("solver", "repeat"), [("weight_space", 1), ("weight_space", 5), ("function_space", 5), ("iterative", 3)]
+)
 def test_never_silently_wrong_on_purpose(solver, repeat):
     """Interpolation: delta = 1e-8, sigma = 1e-4, the same inputs several times."""
-    p = problem("gaussian", n=8)
+    p = problem("gaussian", n=8, m=1)
     p.x, p.y = p.x.repeat(repeat, 1), p.y.repeat(repeat, 1)
     p.loss_kwargs = {"sigma": 1e-4}
     check_honest(p, 1e-8, solver)

@@ -50,23 +50,40 @@ def gp_of(net, x, y, **kwargs) -> dnn2gp.LaplaceGP:
     return dnn2gp.LaplaceGP(net, x, y, dnn2gp.losses.Categorical(), **kwargs)
 
 
-def test_predict_with_a_thousand_classes():
-    """float32 for speed; one of the four points, docs/benchmarks.md has all of them."""
-    K = 1000
-    net, x, y, x_test = wide(K, dtype=torch.float32)
+# Work grows as n K^2 for each point: fewer data or fewer classes here, docs/benchmarks.md has n = 256 and K = 1000.
+@pytest.mark.parametrize(("num_classes", "n"), [(1000, 10), (160, POINTS)])
+def test_predict_with_many_classes(num_classes, n):
+    K = num_classes
+    net, x, y, x_test = wide(K, n=n, dtype=torch.float32)
     with Largest() as largest:
         prediction = gp_of(net, x, y, solver="iterative").predict(x_test[:1])
     assert prediction.mean.shape == (1, K)
-    assert largest.numel < POINTS * K * K, f"{largest.what} is as large as n K K"
+    assert largest.numel < n * K * K, f"{largest.what} is as large as n K K"
     for value in (prediction.mean, prediction.variance, prediction.aleatoric, prediction.epistemic):
         assert torch.isfinite(value).all()
     assert_close(prediction.probs.sum(-1), torch.ones(1), tol=1e-4, what="probabilities")
-    # The prior is an upper bound: J S0 J^T = (|phi|^2 + 1) / delta on the diagonal, and data tell something.
+    # The prior is an upper bound, J S0 J^T = (|phi|^2 + 1) / delta on the diagonal, and data tell something.
     features = net[1](net[0](x_test[:1]))
     prior = (features.square().sum() + 1) / 10.0
     variance = covariance(prediction.f).diagonal(dim1=-2, dim2=-1)
     assert (variance > 0).all() and (variance <= prior * (1 + 1e-3)).all()
     assert variance.min() < 0.999 * prior
+
+
+def test_products_with_a_thousand_classes():
+    """n = 256, K = 1000: some columns of J* Sigma J*^T, by products with the covariance of 129,000 weights."""
+    K = 1000
+    net, x, y, x_test = wide(K, dtype=torch.float32)
+    with Largest() as largest:
+        gp = gp_of(net, x, y, solver="iterative")
+        posterior = gp.weight_posterior()
+        rows = torch.stack([gp.linearization.vjp(x_test[:1], e[None]) for e in torch.eye(K)[:3]])
+        columns = gp.linearization.jvp(x_test[:1], posterior.covariance_matmul(rows))[:, 0]
+        back = posterior.precision_matmul(posterior.covariance_matmul(rows))
+    assert largest.numel < POINTS * K * K, f"{largest.what} is as large as n K K"
+    assert_close(back, rows, tol=1e-3, what="precision times covariance")
+    assert_close(columns[:, :3], columns[:, :3].mT.clone(), tol=1e-3, what="symmetry")
+    assert float(gp.stationarity().gradient_norm) > 0
 
 
 def test_the_same_net_with_fewer_classes_by_hand():
