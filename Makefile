@@ -20,11 +20,12 @@ PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:
 	@echo "make demo     turn two trained nets into GPs on real data (examples/quickstart.py)"
 	@echo "make test     ruff and pytest"
+	@echo "make bench    time and memory of examples/benchmarks, for docs/benchmarks.md"
 	@echo "make lint     ruff alone"
 	@echo "make format   let ruff sort imports, mend what it can and lay out the code"
 	@echo "make clean    remove .venv and everything else that was made here"
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python examples/benchmarks/wide_outputs.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

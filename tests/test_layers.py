@@ -26,6 +26,7 @@ HOUSE = [
     "optim",
     "dual",
     "solvers",
+    "conditioning",
     "operators",
     "kernels",
     "likelihoods",
