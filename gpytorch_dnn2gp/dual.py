@@ -44,7 +44,7 @@ class DualData:
 
 
 def dual_targets(splitting: Splitting, rows_times_w: Tensor) -> Tensor:
-    """``U w - D^+ v``, ``(n, m)`` (Theorem 1; paper eq. 9).
+    """``U w - D^+ v``, ``(n, m)`` (Theorem 1; paper eq. 8).
 
     Args:
         splitting: v and D at the mode.
@@ -95,7 +95,7 @@ def log_normalizer(splitting: Splitting) -> Tensor:
     Raises:
         ValueError: where D is singular, as a softmax's always is: the density of such targets is improper.
     """
-    n = len(splitting.f)
+    n = splitting.f.shape[-2]
     if splitting.features == "gradient":
         return splitting.f.new_tensor(-0.5 * n * (1 + LOG_2PI))
     if isinstance(splitting.loss, Categorical) or not splitting.loss.invertible:
@@ -105,5 +105,5 @@ def log_normalizer(splitting: Splitting) -> Tensor:
         )
     offset = newton_offset(splitting)
     factor = torch.linalg.cholesky(noise_precision(splitting))
-    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum()
-    return -0.5 * (offset * splitting.v).sum() + 0.5 * log_det - 0.5 * offset.numel() * LOG_2PI
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+    return 0.5 * (log_det - (offset * splitting.v).sum((-2, -1)) - n * offset.shape[-1] * LOG_2PI)

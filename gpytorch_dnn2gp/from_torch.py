@@ -1,7 +1,8 @@
 """What people have, translated: batches of a loader into tensors, a torch loss into a negative log-likelihood.
 
 Each torch loss is ``1/c`` times a sum of negative log-likelihoods (up to constants). Minimising it with weight decay
-``wd`` is minimising the sum with ``delta = c wd``: both have the gradient ``sum_i J_i^T r_i + delta w`` up to the factor.
+``wd`` is minimising the sum with ``delta = c wd``: up to the factor c both have the gradient
+``sum_i J_i^T r_i + delta w``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def collect(data: Iterable | tuple[Tensor, Tensor], unpack: Callable | None = No
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return data[0], data[1]
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be (x, y) or an iterable of batches such as a DataLoader; got {type(data).__name__}.")
+        raise TypeError(
+            f"data must be (x, y) or an iterable of batches such as a DataLoader; got {type(data).__name__}."
+        )
     pairs = [(unpack or _unpack)(batch) for batch in data]
     if not pairs:
         raise ValueError("data has no batches.")

@@ -3,6 +3,7 @@
     gp(x)               posterior of f in function space: mean f* - J* Sigma g, covariance J* Sigma J*^T
     gp.predict(x)       labels: mean, aleatoric and epistemic variance, distribution
     gp.log_evidence()   Laplace or GP evidence, differentiable in delta and sigma
+    gp.condition_on(x, y)   the GP with more data, in closed form
 
 Output form: targets in the space of the net's outputs, prior mean ``c(x) = f_w*(x) - J(x) w*`` (spelled out in
 dual.py). The paper's targets ``y~`` are in ``gp.dual_data()``. n examples, K outputs, P weights.
@@ -10,6 +11,7 @@ dual.py). The paper's targets ``y~`` are in ``gp.dual_data()``. n examples, K ou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +25,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import dual, solvers
+from .conditioning import Conditioned, condition
 from .from_torch import collect, translate_loss
 from .kernels import JacobianKernel, NetworkMean, as_linearization
 from .laplace import FEATURES, Splitting
 from .likelihoods import GGNLikelihood
-from .linearize import Linearization
+from .linearize import Linearization, Rows
 from .losses import Loss
 from .predictive import predictive
 from .weights import GaussianWeights
@@ -99,6 +102,24 @@ class Stationarity:
         )
 
 
+@dataclass(frozen=True)
+class _Added:
+    """Data that a GP was conditioned on: inputs ``(b..., q, d)``, labels ``(f..., b..., q, ...)``, their rows and f.
+
+    ``noise`` is sigma^2 of these examples where it was given, else None for the GP's own.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    noise: Tensor | None
+    rows: Rows
+    outputs: Tensor
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.outputs.shape[:-2]
+
+
 class LaplaceGP(ExactGP):
     """The Laplace-GGN approximation of a trained net as an exact GP (Theorem 1). Returned in eval mode.
 
@@ -108,8 +129,8 @@ class LaplaceGP(ExactGP):
         train_y: labels, in the form that the loss wants.
         loss: from ``losses``: the negative log-likelihood whose sum over the data, plus the weight penalty, the net
             was trained on. Its noise is the initial value of ``gp.noise``.
-        prior_precision: delta of the penalty ``delta |w|^2 / 2``: a number, or one entry per group. For a mean loss with
-            weight decay see :meth:`from_training`.
+        prior_precision: delta of the penalty ``delta |w|^2 / 2``: a number, or one entry per group. For a mean loss
+            with weight decay see :meth:`from_training`.
         groups: which parameters share a precision; see :class:`JacobianKernel`.
         params: which weights are random; see :class:`Linearization`.
         solver: "weight_space" (P x P), "function_space" (n K x n K), "iterative" (conjugate gradients, no evidence), or
@@ -158,21 +179,27 @@ class LaplaceGP(ExactGP):
         if input_shape is None and not isinstance(net, Linearization) and train_x.dim() > 2:
             input_shape = train_x.shape[1:]
         lin = as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
-        train_x = lin.flatten_inputs(train_x).detach().clone()  # read again later: must not change with the user's
-        f = lin(train_x).detach()
-        if len(f) == 0:
-            raise ValueError("train_x is empty.")
-        labels = loss.check_labels(train_y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
-
-        super().__init__(train_x, _output_targets(loss, f, labels), GGNLikelihood(loss, lin, temperature=temperature))
+        super().__init__(None, None, GGNLikelihood(loss, lin, temperature=temperature))
         self.mean_module = NetworkMean(lin)
         self.covar_module = JacobianKernel(lin, prior_precision, groups, prior_variance)
-        self.train_labels = labels
         self.structure, self.features, self.requested_solver = structure, features, solver
         self.show_progress = progress
-        self._train_outputs = f
-        self._clear_solver()
+        self._set_data(train_x, train_y)
         self.eval()
+
+    def _set_data(self, x: Tensor, y: Tensor) -> None:
+        lin, loss = self.linearization, self.loss
+        x = lin.flatten_inputs(x).detach().clone()  # read again later: must not change with the user's
+        if x.dim() != 2:
+            raise ValueError(f"Training inputs must be (n, d) or (n, *input_shape); got {tuple(x.shape)}.")
+        f = lin(x).detach()
+        if len(f) == 0:
+            raise ValueError("There are no training examples.")
+        labels = loss.check_labels(y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
+        self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
+        self._inputs, self._labels, self._outputs = x, labels, f
+        self._added: _Added | None = None
+        self._clear_solver()
 
     @classmethod
     def from_training(
@@ -214,8 +241,8 @@ class LaplaceGP(ExactGP):
         delta = torch.as_tensor(weight_decay, dtype=f.dtype) * torch.as_tensor(scale, dtype=f.dtype)
         if not (delta > 0).all():
             raise ValueError(
-                "weight_decay must be positive: without it there is no prior on the weights. For a net trained without, "
-                "use LaplaceGP(net, x, y, loss, prior_precision=...) and choose it by the evidence (fit_evidence)."
+                "weight_decay must be positive: without it there is no prior on the weights. For a net trained without "
+                "it use LaplaceGP(net, x, y, loss, prior_precision=...) and choose it by the evidence."
             )
         return cls(net, x, labels, loss, delta, **options)
 
@@ -252,13 +279,13 @@ class LaplaceGP(ExactGP):
     @property
     def num_outputs(self) -> int:
         """K."""
-        return self._train_outputs.shape[-1]
+        return self._outputs.shape[-1]
 
     @property
     def solver(self) -> str:
         """The solver in use: what "auto" chose, or "diagonal"."""
         names = {kind: name for name, kind in _SOLVERS.items()} | {solvers.Diagonal: "diagonal"}
-        return names[self._solver_class()]
+        return names[self._solver_class() if self._solver is None else type(self._solver[1])]
 
     # ---- GPyTorch model
 
@@ -279,14 +306,119 @@ class LaplaceGP(ExactGP):
         if self.training or gpytorch.settings.prior_mode.on() or self.train_inputs is None:
             return super().__call__(x, **kwargs)
         rows = self.linearization.rows(x)
-        return self._distribution(self._mean(x, "posterior"), self._joint_covariance(rows))
+        covariance = self._joint_covariance(rows)  # first: it keeps the Jacobians for the mean
+        return self._distribution(self._mean(rows, "posterior"), covariance)
 
-    def set_train_data(self, inputs=None, targets=None, strict: bool = True) -> None:
-        """Not yet: build a new :class:`LaplaceGP`, which costs the same."""
-        raise NotImplementedError(
-            "A LaplaceGP's targets follow from its net and labels; build a new one: LaplaceGP(gp.linearization, x, y, "
-            "loss, prior_precision=gp.prior_precision)."
+    def set_train_data(
+        self, inputs: Tensor | Sequence[Tensor] | None = None, targets: Tensor | None = None, strict: bool = True
+    ) -> None:
+        """Replace the data; hyperparameters and net stay.
+
+        Args:
+            inputs: ``(n, d)``; None keeps the present ones.
+            targets: labels, as ``train_y`` of the constructor; None keeps the present ones.
+            strict: whether shapes, dtypes and devices must be those of the present data.
+        """
+        inputs = inputs if isinstance(inputs, Tensor | None) else inputs[0]
+        x = self.train_inputs[0] if inputs is None else self.linearization.flatten_inputs(inputs)
+        y = self.train_labels if targets is None else targets
+        if strict:
+            for name, new, old in (("inputs", x, self.train_inputs[0]), ("targets", y, self.train_labels)):
+                if name == "targets" and new.shape == old.shape[:1]:
+                    new = new.reshape(old.shape)
+                if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+                    raise RuntimeError(
+                        f"Cannot replace {name} {tuple(old.shape)}, {old.dtype}, {old.device} by {tuple(new.shape)}, "
+                        f"{new.dtype}, {new.device}; pass strict=False to allow it."
+                    )
+        self._set_data(x, y)
+
+    def get_fantasy_model(self, inputs: Tensor | Sequence[Tensor], targets: Tensor, noise: Tensor | None = None, **_):
+        """The GP conditioned on more data, in closed form; :meth:`condition_on` is the same.
+
+        The posterior is the one that a GP built with all the data, the same net and the same hyperparameters has: r and
+        Lambda of the new rows are taken at the net's own outputs. It costs the new rows only; nothing is retrained, and
+        this GP stays as it is.
+
+        Args:
+            inputs: ``(b..., q, d)``.
+            targets: labels ``(b..., q)`` or ``(b..., q, D)``; further leading dimensions are fantasies at the same
+                inputs, ``(f..., b..., q, D)``.
+            noise: sigma^2 of the new examples, ``(q,)`` or ``(q, K)``; needed where the noise was given per example.
+
+        Returns:
+            A new :class:`LaplaceGP`; with batch dimensions its posteriors have them too.
+        """
+        lin = self.linearization
+        x = lin.flatten_inputs(inputs if isinstance(inputs, Tensor) else inputs[0])
+        if noise is None and self.likelihood.per_example_noise:
+            raise ValueError("The noise was given for each training example: pass noise=, sigma^2 of the new ones.")
+        if noise is not None:
+            if self.noise is None:
+                raise ValueError(f"{self._loss_of(None)} has no noise; leave noise= out.")
+            noise = noise[:, None] if noise.dim() == 1 else noise
+        labels = self._check_new_labels(x, targets)
+        if self._added is not None:
+            x, labels, noise = self._append(x, labels, noise)
+        rows = lin.rows(x)
+        batch = torch.broadcast_shapes(labels.shape[: labels.dim() - self._labels.dim()], x.shape[:-2])
+        labels = labels.expand(*batch, *labels.shape[labels.dim() - self._labels.dim() :])
+        outputs = lin.function.outputs(rows.x).unflatten(0, rows.batch_shape).expand(*batch, -1, -1)
+
+        new = self._shallow_copy()
+        new._added = _Added(x, labels, noise, rows, outputs)
+        new._conditioned = None
+        new.train_inputs = (torch.cat([_expand(self._inputs, batch), _expand(x, batch)], -2),)
+        new.train_labels = torch.cat([_expand(self._labels, batch), labels], len(batch))
+        targets = _output_targets(self.loss if noise is None else self._loss_of(noise), outputs, labels)
+        base_targets = _output_targets(self.loss, self._outputs, self._labels)
+        new.train_targets = torch.cat([_expand(base_targets, batch), targets], len(batch))
+        return new
+
+    def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> LaplaceGP:
+        """See :meth:`get_fantasy_model`."""
+        return self.get_fantasy_model(x, y, noise=noise)
+
+    def _check_new_labels(self, x: Tensor, y: Tensor) -> Tensor:
+        """Canonical labels ``(f..., b..., q, ...)`` for inputs ``(b..., q, d)``."""
+        q, event = x.shape[-2], self._labels.shape[1:]
+        if event == (1,) and not (y.dim() >= x.dim() and y.shape[-2:] == (q, 1)):
+            y = y.unsqueeze(-1)
+        batch = y.shape[: y.dim() - 1 - len(event)]
+        if y.dim() < 1 + len(event) or y.shape[len(batch)] != q:
+            raise ValueError(
+                f"Labels of shape {tuple(y.shape)} do not fit {q} new inputs: they must be "
+                f"(..., {', '.join(map(str, (q, *event)))})."
+            )
+        f = self._outputs
+        flat = self._loss_of(None).check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
+        return flat.reshape(*batch, q, *flat.shape[1:])
+
+    def _append(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Earlier added data and new ones together: conditioning twice is conditioning once on both."""
+        old = self._added
+        x_batch = torch.broadcast_shapes(old.inputs.shape[:-2], x.shape[:-2])
+        event = self._labels.dim()
+        batch = torch.broadcast_shapes(old.batch_shape, labels.shape[: labels.dim() - event], x_batch)
+        both = torch.cat([_expand(old.labels, batch, event), _expand(labels, batch, event)], len(batch))
+        if (old.noise is None) != (noise is None):
+            present = self.noise.detach().expand(1, self.num_outputs)
+            before = present.expand(old.inputs.shape[-2], -1) if old.noise is None else old.noise
+            after = present.expand(x.shape[-2], -1) if noise is None else noise
+        else:
+            before, after = old.noise, noise
+        if before is not None:
+            k = self.num_outputs
+            noise = torch.cat([before.expand(-1, k), after.expand(-1, k)])
+        return torch.cat([_expand(old.inputs, x_batch), _expand(x, x_batch)], -2), both, noise
+
+    def _shallow_copy(self) -> LaplaceGP:
+        """A copy with hyperparameters of its own, which shares the frozen net, the data and all that was computed."""
+        shared = (
+            *(self.linearization, self._solver, self._base_posterior, self._conditioned, self._added),
+            *(self._inputs, self._labels, self._outputs, self.train_inputs, self.train_targets, self.train_labels),
         )
+        return copy.deepcopy(self, {id(item): item for item in shared if item is not None})
 
     def predict(
         self,
@@ -312,33 +444,39 @@ class LaplaceGP(ExactGP):
             generator: random numbers of "mc".
         """
         _require_one_of("mean", mean, ("network", "posterior"))
-        x = self.linearization.flatten_inputs(x)
-        rows = self.linearization.rows(x)
-        center = self._mean(x, mean)
         if noise is None and self.likelihood.per_example_noise:
             raise ValueError(
                 "The noise was given for each training example, so that of new ones is not known, however many they "
                 "are: pass noise=, sigma^2 of shape (m, 1) or (m, K). gp(x), the posterior of f, needs none."
             )
-        loss = self.loss if noise is None else self.likelihood.loss_with(noise)
+        loss = self._loss_of(noise)
+        rows = self.linearization.rows(self.linearization.flatten_inputs(x))
         if joint:
-            f = self._distribution(center, self._joint_covariance(rows))
-            covariance = _diagonal_blocks(f.covariance_matrix, self.num_outputs)
+            joint_covariance = self._joint_covariance(rows)
+            blocks = _diagonal_blocks(to_linear_operator(joint_covariance).to_dense(), self.num_outputs)
         else:
-            covariance = self.posterior().covariance_blocks(rows)
-            f = MultivariateNormal(center, to_linear_operator(covariance))
-        labels = predictive(loss, center, covariance, approximation, num_samples, generator)
+            blocks = self.posterior().covariance_blocks(rows)
+        center = self._mean(rows, mean)
+        blocks = blocks.expand(*center.shape, -1)
+        if joint:
+            f = self._distribution(center, joint_covariance)
+        else:
+            f = MultivariateNormal(center, to_linear_operator(blocks))
+        labels = predictive(loss, center, blocks, approximation, num_samples, generator)
         return Prediction(labels.mean, labels.aleatoric, labels.epistemic, f, labels.y, labels.probs)
 
     # ---- what the GP is made of
 
     def dual_data(self) -> dual.DualData:
         """The regression data of Theorem 1: inputs, targets ``y~`` and noise precision."""
-        splitting = self._splitting()
-        rows = self._training_rows(splitting)
+        w = self.linearization.weights
         with torch.no_grad():
-            targets = dual.dual_targets(splitting, rows.matmul(self.linearization.weights))
-            return dual.DualData(self.train_inputs[0], targets, dual.noise_precision(splitting))
+            parts = [
+                (dual.dual_targets(splitting, rows.matmul(w)), dual.noise_precision(splitting))
+                for splitting, rows in self._all_data("dual_data")
+            ]
+        targets, precisions = zip(*parts, strict=True)
+        return dual.DualData(self.train_inputs[0], torch.cat(targets), torch.cat(precisions))
 
     def weight_posterior(self) -> GaussianWeights:
         """``N(w* - Sigma g, Sigma)`` over the selected weights."""
@@ -347,10 +485,11 @@ class LaplaceGP(ExactGP):
 
     def stationarity(self) -> Stationarity:
         """How far the net is from a stationary point."""
+        w = self.linearization.weights
         with torch.no_grad():
-            splitting, prior = self._splitting(), self.covar_module.prior()
-            w = self.linearization.weights
-            gradient = self._training_rows(splitting).rmatmul(splitting.v) + w / prior.variance
+            gradient = w / self.covar_module.prior().variance
+            for splitting, rows in self._all_data("stationarity"):
+                gradient = gradient + rows.rmatmul(splitting.v)
             # g^T (Sigma g): unlike the solver's own form it does not cancel near a stationary point
             decrement = (gradient @ self.posterior().step).clamp(min=0)
             return Stationarity(float(gradient.norm()), float(decrement))
@@ -368,38 +507,72 @@ class LaplaceGP(ExactGP):
         _require_one_of("kind", kind, ("laplace", "gp"))
         if kind == "gp" and self.structure == "diagonal":
             raise ValueError("structure='diagonal' has no GP evidence: its kernel is not the prior's. Use 'laplace'.")
-        splitting, prior = self._splitting(noise), self.covar_module.prior(prior_precision)
         if torch.is_grad_enabled() or prior_precision is not None or noise is not None:
-            posterior = self._solver_for(splitting).posterior(prior, splitting)
+            posterior = self._posterior_at(prior_precision, noise)
         else:
             posterior = self.posterior()
-        return solvers.log_evidence(posterior, prior, splitting, self.linearization.weights, kind)
+        splittings = [self._splitting(noise)] + ([] if self._added is None else [self._added_splitting(noise)])
+        prior = self.covar_module.prior(prior_precision)
+        return solvers.log_evidence(posterior, prior, splittings, self.linearization.weights, kind)
 
     def posterior(self) -> solvers.Posterior:
         """The Gaussian over weights and outputs at the present hyperparameters, cached until one of them changes.
 
         As GPyTorch's caches, it carries no gradient in the hyperparameters unless
-        ``gpytorch.settings.detach_test_caches`` is off.
+        ``gpytorch.settings.detach_test_caches`` is off. It does carry one in the inputs that the GP was conditioned on.
         """
         if torch.is_grad_enabled() and gpytorch.settings.detach_test_caches.off():
-            splitting = self._splitting()
-            return self._solver_for(splitting).posterior(self.covar_module.prior(), splitting)
+            return self._posterior_at()
         key = (self.prior_precision.detach(), self.likelihood.temperature, *_present(self.noise))
-        if self._posterior is None or not _same(self._posterior[0], key):
+        if self._base_posterior is None or not _same(self._base_posterior[0], key):
             with torch.no_grad():
                 splitting = self._splitting()
-                posterior = self._solver_for(splitting).posterior(self.covar_module.prior(), splitting)
-            self._posterior = (tuple(k.clone() for k in key), posterior)
-        return self._posterior[1]
+                base = self._solver_for(splitting).posterior(self.covar_module.prior(), splitting)
+            self._base_posterior = (tuple(k.clone() for k in key), base)
+            self._conditioned = None
+        if self._added is None:
+            return self._base_posterior[1]
+        if self._conditioned is None:
+            self._conditioned = self._condition(
+                self._base_posterior[1], None if self.noise is None else self.noise.detach()
+            )
+        return self._conditioned
 
     # ---- inside
 
-    def _splitting(self, noise: Tensor | None = None) -> Splitting:
-        loss = self.likelihood.loss_with(noise)
-        return Splitting(loss, self._train_outputs, self.train_labels, self.features, self.likelihood.temperature)
+    def _posterior_at(self, prior_precision: Tensor | None = None, noise: Tensor | None = None) -> solvers.Posterior:
+        """The posterior at these, or the present, hyperparameters, with their graph."""
+        splitting, prior = self._splitting(noise), self.covar_module.prior(prior_precision)
+        base = self._solver_for(splitting).posterior(prior, splitting)
+        return base if self._added is None else self._condition(base, noise)
 
-    def _training_rows(self, splitting: Splitting):
-        return self.linearization.rows(self.train_inputs[0], splitting.cotangents())
+    def _condition(self, base: solvers.Posterior, noise: Tensor | None) -> Conditioned:
+        return condition(base, self._added.rows, self._added_splitting(noise))
+
+    def _loss_of(self, noise: Tensor | None) -> Loss:
+        return self.likelihood.loss_with(noise)
+
+    def _splitting(self, noise: Tensor | None = None) -> Splitting:
+        return Splitting(self._loss_of(noise), self._outputs, self._labels, self.features, self.likelihood.temperature)
+
+    def _added_splitting(self, noise: Tensor | None = None) -> Splitting:
+        added = self._added
+        loss = self._loss_of(noise if added.noise is None else added.noise)
+        return Splitting(loss, added.outputs, added.labels, self.features, self.likelihood.temperature)
+
+    def _all_data(self, what: str) -> list[tuple[Splitting, Rows]]:
+        """Splittings and rows of the original and the added data."""
+        splitting = self._splitting()
+        data = [(splitting, self._training_rows(splitting))]
+        if self._added is not None:
+            if self._added.batch_shape:
+                raise ValueError(f"{what} of a batch of conditioned GPs is not offered; condition on one element.")
+            splitting = self._added_splitting()
+            data.append((splitting, self.linearization.rows(self._added.inputs, splitting.cotangents())))
+        return data
+
+    def _training_rows(self, splitting: Splitting) -> Rows:
+        return self.linearization.rows(self._inputs, splitting.cotangents())
 
     def _solver_class(self) -> type[solvers.Solver]:
         if self.structure == "diagonal":
@@ -410,8 +583,8 @@ class LaplaceGP(ExactGP):
         rows = self._training_rows(splitting)
         return solvers.choose(rows, len(self.covar_module.groups), len(splitting.noise_scale))
 
-    def _solver_for(self, splitting: Splitting) -> solvers.Solver:
-        """The sums over the data, taken once; again only where the rows themselves depend on the noise."""
+    def _solver_for(self, splitting: Splitting, sums: dict[str, Tensor] | None = None) -> solvers.Solver:
+        """The sums over the data, taken once, or given; again only where the rows themselves depend on the noise."""
         key = (splitting.unit().loss.noise.detach(),) if self.features == "gradient" and self.noise is not None else ()
         if self._solver is None or not _same(self._solver[0], key):
             solver = self._solver_class()(
@@ -421,39 +594,57 @@ class LaplaceGP(ExactGP):
                 self.covar_module.structure.base_variance,
                 self.linearization.weights,
                 self.show_progress,
+                sums,
             )
             self._solver = (key, solver)
         return self._solver[1]
 
     def _clear_solver(self) -> None:
         self._solver: tuple[tuple[Tensor, ...], solvers.Solver] | None = None
-        self._posterior: tuple[tuple[Tensor, ...], solvers.Posterior] | None = None
+        self._base_posterior: tuple[tuple[Tensor, ...], solvers.Posterior] | None = None
+        self._conditioned: Conditioned | None = None
 
-    def _mean(self, x: Tensor, kind: str) -> Tensor:
-        f = self.linearization(x)
-        return f if kind == "network" else f - self.linearization.jvp(x, self.posterior().step)
+    def _mean(self, rows: Rows, kind: str) -> Tensor:
+        """The net's outputs, moved by the Gauss-Newton step of all data ("posterior") or of added data only."""
+        f = self.linearization.function.outputs(rows.x).unflatten(0, rows.batch_shape)
+        if kind == "posterior":
+            return f - self.posterior().shift(rows)
+        return f if self._added is None else f - self.posterior().added_shift(rows)
 
-    def _joint_covariance(self, rows):
+    def _joint_covariance(self, rows: Rows):
         if gpytorch.settings.skip_posterior_variances.on():
             size = rows.batch_shape[-1] * self.num_outputs
             return ZeroLinearOperator(
-                *rows.batch_shape[:-1], size, size, dtype=self._train_outputs.dtype, device=self._train_outputs.device
+                *rows.batch_shape[:-1], size, size, dtype=self._outputs.dtype, device=self._outputs.device
             )
         return self.posterior().covariance(rows)
 
     def _distribution(self, mean: Tensor, covariance) -> MultivariateNormal:
         covariance = to_linear_operator(covariance)  # a plain tensor would be factorised at once, singular or not
+        covariance = covariance.expand(*mean.shape[:-2], *covariance.shape[-2:])
         if self.num_outputs == 1:
             return MultivariateNormal(mean.squeeze(-1), covariance)
         return MultitaskMultivariateNormal(mean, covariance)
 
     def _apply(self, fn):
-        # .to(...), .double(), .cuda(): data and outputs go along, what was computed from them is dropped
-        self.train_labels = fn(self.train_labels)
-        self._clear_solver()
+        # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
         result = super()._apply(fn)
-        self._train_outputs = self.linearization(self.train_inputs[0])
+        added = self._added
+        self._set_data(fn(self._inputs), fn(self._labels))
+        if added is None:
+            return result
+        noise = None if added.noise is None else fn(added.noise)
+        moved = self.get_fantasy_model(fn(added.inputs), fn(added.labels), noise=noise)
+        self._added, self.train_inputs = moved._added, moved.train_inputs
+        self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
         return result
+
+
+def _expand(tensor: Tensor, batch: torch.Size, event_dims: int | None = None) -> Tensor:
+    """``tensor`` with batch dimensions ``batch`` in the place of those it has before its ``event_dims`` last ones."""
+    if event_dims is None:
+        event_dims = min(2, tensor.dim())
+    return tensor.expand(*batch, *tensor.shape[tensor.dim() - event_dims :])
 
 
 def _output_targets(loss: Loss, f: Tensor, labels: Tensor) -> Tensor:

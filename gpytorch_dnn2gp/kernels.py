@@ -1,6 +1,6 @@
 """GPyTorch kernel and mean of a linearized net.
 
-    k(x, x') = J(x) S0 J(x')^T     JacobianKernel, (n K, n' K), outputs fastest    (paper eq. 11; the NTK at w* for S0 = I)
+    k(x, x') = J(x) S0 J(x')^T     JacobianKernel, (n K, n' K), outputs fastest (paper eq. 9; the NTK at w* for S0 = I)
     c(x)     = f_w*(x) - J(x) w*   NetworkMean, the prior mean in output form
 
 The kernel owns ``prior_precision``: one delta, or one per group of weights.
@@ -16,7 +16,12 @@ from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from gpytorch.priors import Prior as HyperPrior
 from linear_operator import to_linear_operator
-from linear_operator.operators import LinearOperator, LowRankRootLinearOperator, MatmulLinearOperator, RootLinearOperator
+from linear_operator.operators import (
+    LinearOperator,
+    LowRankRootLinearOperator,
+    MatmulLinearOperator,
+    RootLinearOperator,
+)
 from torch import Tensor, nn
 
 from . import tiling
@@ -139,8 +144,8 @@ class JacobianKernel(Kernel):
             value = value.expand(self.raw_prior_precision.shape)
         except RuntimeError:
             raise ValueError(
-                f"prior_precision has shape {tuple(value.shape)}; it must be a number or have one entry for each of the "
-                f"{len(self.structure.groups)} groups {self.structure.groups.names}."
+                f"prior_precision has shape {tuple(value.shape)}; it must be a number or have one entry for each of "
+                f"the {len(self.structure.groups)} groups {self.structure.groups.names}."
             ) from None
         self.initialize(raw_prior_precision=self.raw_prior_precision_constraint.inverse_transform(value))
 

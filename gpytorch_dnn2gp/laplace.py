@@ -11,7 +11,7 @@ Two choices (``features``):
     "gradient"   C = r^T,    v = 1,  D = 1        empirical Fisher, m = 1
                  (here C = r^T at unit noise s, v = s and D = s^2: a change of noise rescales, and that is all)
 
-The posterior is N(w*, Sigma), Sigma^-1 = sum_i phi_i D_i phi_i^T + S0^-1 (paper eq. 8).
+The posterior is N(w*, Sigma), Sigma^-1 = sum_i phi_i D_i phi_i^T + S0^-1 (paper eqs. 4 and 7).
 
 n examples, K outputs, P weights.
 """
@@ -86,6 +86,26 @@ class Splitting:
             return a * self.noise_scale
         return self.loss.apply_root_t(self.f, a, self.y) * self.temperature**-0.5
 
+    def at(self, f: Tensor) -> Splitting:
+        """The same at other outputs."""
+        return Splitting(self.loss, f, self.y, self.features, self.temperature)
+
+    # The same in output coordinates, for rows J of any example rather than C J
+
+    def output_gradient(self) -> Tensor:
+        """``C^T v = r / T``, ``(..., n, K)``."""
+        return self.loss.residual(self.f, self.y) / self.temperature
+
+    def output_root(self, a: Tensor) -> Tensor:
+        """``C^T R a``, ``(..., n, K)``."""
+        return a * self.output_gradient() if self.features == "gradient" else self.apply_root(a)
+
+    def output_root_t(self, a: Tensor) -> Tensor:
+        """``R^T C a`` for ``a`` ``(..., n, K)``."""
+        if self.features == "gradient":
+            return (a * self.output_gradient()).sum(-1, keepdim=True)
+        return self.apply_root_t(a)
+
     def cotangents(self) -> Tensor | None:
         """C, ``(n, m, K)``, at noise and temperature one; None for the identity."""
         if self.features == "gradient":
@@ -95,7 +115,7 @@ class Splitting:
 
     def data_term(self) -> Tensor:
         """``sum_i log p(y_i | f_i) / T``."""
-        return -self.loss.negative_log_likelihood(self.f, self.y).sum() / self.temperature
+        return -self.loss.negative_log_likelihood(self.f, self.y).sum(-1) / self.temperature
 
     def part(self, part: slice) -> Splitting:
         """The splitting of some of the examples."""

@@ -155,13 +155,13 @@ class GGNLikelihood(_GaussianLikelihoodBase):
             f = torch.zeros(shape, dtype=self.noise.dtype, device=self.noise.device)
         elif self.linearization is None or x is None:
             raise ValueError(
-                f"The noise of {self._loss} depends on the inputs: call likelihood(dist, x) on a GGNLikelihood that was "
-                "given a linearization, or pass noise=."
+                f"The noise of {self._loss} depends on the inputs: call likelihood(dist, x) on a GGNLikelihood that "
+                "was given a linearization, or pass noise=."
             )
         else:
             f = self.linearization(x)
         if loss.precision_needs_labels:
-            raise ValueError(f"The noise precision of {self._loss} depends on the labels: give fisher= to from_callable.")
+            raise ValueError(f"The noise precision of {self._loss} depends on labels: give from_callable a fisher=.")
         precision = loss.noise_precision(f) / self._temperature
         factor, info = torch.linalg.cholesky_ex(precision)
         if info.any():

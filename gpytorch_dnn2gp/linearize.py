@@ -136,9 +136,7 @@ class Linearization(nn.Module):
         rows1 = self.rows(x1)
         rows2 = None if x2 is None else self.rows(x2)
         if len(rows1.batch_shape) == 1 and (rows2 is None or len(rows2.batch_shape) == 1):
-            return _gram.gram(
-                self.function, rows1.x, None if rows2 is None else rows2.x, prior_variance=prior_variance
-            )
+            return _gram.gram(self.function, rows1.x, None if rows2 is None else rows2.x, prior_variance=prior_variance)
         a = rows1.batched_features(prior_variance)
         return a @ (a if rows2 is None else rows2.batched_features(prior_variance)).mT
 
@@ -172,8 +170,10 @@ class Linearization(nn.Module):
         """Inputs as GPyTorch wants them, ``(..., n, d)`` floats."""
         if x.dim() <= 1:
             x = x.reshape(-1, 1)
-        if self.input_shape is not None and len(self.input_shape) > 1 and x.shape[-len(self.input_shape) :] == (
-            self.input_shape
+        if (
+            self.input_shape is not None
+            and len(self.input_shape) > 1
+            and x.shape[-len(self.input_shape) :] == (self.input_shape)
         ):
             x = x.flatten(-len(self.input_shape))
         return x.to(self.dtype) if self.input_dtype is not None else x
@@ -208,7 +208,9 @@ class Linearization(nn.Module):
         tokens = x.to(self.input_dtype)
         if x.is_floating_point() and not torch.equal(tokens.to(x.dtype), x):
             index = tuple(int(i) for i in (tokens.to(x.dtype) != x).nonzero()[0])
-            raise ValueError(f"x must hold integers for input_dtype={self.input_dtype}; got {float(x[index])} at {index}.")
+            raise ValueError(
+                f"x must hold integers for input_dtype={self.input_dtype}; got {float(x[index])} at {index}."
+            )
         self._require_known_tokens(tokens)
         return tokens
 
@@ -305,23 +307,40 @@ class Rows:
             yield part, self.function.jacobian_rows(self.x, self.cotangents, part)
 
     def features(self) -> Tensor:
-        """All rows, ``(N, m, P)``; not kept.
+        """All rows, ``(N, m, P)``; kept where they take little memory.
 
         Raises:
             MemoryError: if they do not fit.
         """
-        return self._features if self._features is not None else self.function.jacobian(self.x, self.cotangents)
+        if self._features is not None:
+            return self._features
+        features = self.function.jacobian(self.x, self.cotangents)
+        if tiling.cache_fits(features.numel(), features.dtype, features.device):
+            self._features = features
+        return features
 
     def batched_features(self, prior_variance: Tensor | None = None) -> Tensor:
         """``U S0^(1/2)`` with the rows of each batch element stacked, ``(..., n m, P)``."""
         rows = self.features().unflatten(0, self.batch_shape).flatten(-3, -2)
         return rows if prior_variance is None else rows * prior_variance.sqrt()
 
-    def keep(self) -> None:
-        """Keep the rows for later use if they take little memory: then nothing is linearized twice."""
+    @property
+    def kept(self) -> Tensor | None:
+        """The rows, if they are in memory."""
+        return self._features
+
+    def keep(self, rows: Tensor | None = None) -> None:
+        """Keep the rows for later use if they take little memory: then nothing is linearized twice.
+
+        Args:
+            rows: kept earlier, for the same net and inputs.
+        """
+        if rows is not None:
+            self._features = rows
+            return
         size = self.num_examples * self.num_rows * self.num_weights
-        if self._features is None and tiling.cache_fits(size, self.function.dtype, self.x.device):
-            self._features = self.function.jacobian(self.x, self.cotangents).detach()
+        if tiling.cache_fits(size, self.function.dtype, self.x.device):
+            self.features()
 
     def gram(self, groups: list[Tensor], prior_variance: Tensor | None, progress: bool | None = None) -> Tensor:
         """``U_g S0_g U_g^T`` for each group of weights, ``(G, N m, N m)``."""

@@ -136,8 +136,6 @@ def log_det_from_cholesky(factor: Tensor) -> Tensor:
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-
-
 @torch.no_grad()
 def warn_if_cancelled(before: Tensor, after: Tensor, name: str) -> None:
     """Warn when ``after = before - something`` is so much smaller than ``before`` that rounding shows in it."""

@@ -18,6 +18,7 @@ taken once. n examples, m rows each, P weights, G prior groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ from torch import Tensor
 from . import dual, tiling
 from .laplace import Splitting, curvature
 from .linearize import Rows
-from .numerics import cholesky, conjugate_gradients, log_det_from_cholesky, symmetrize, warn_if_cancelled, warn_if_inaccurate
+from .numerics import (
+    cholesky,
+    conjugate_gradients,
+    log_det_from_cholesky,
+    symmetrize,
+    warn_if_cancelled,
+    warn_if_inaccurate,
+)
 from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian, Prior, WeightGroups, WhitenedGaussian
 
 SOLVERS = ("auto", "weight_space", "function_space", "iterative")
@@ -55,6 +63,14 @@ class Posterior(ABC):
         """``J* Sigma J*^T`` over all examples of each batch element, ``(..., n K, n K)``."""
 
     @abstractmethod
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        """``J1 Sigma J2^T``, ``(..., n1 K, n2 K)``; batch dimensions broadcast."""
+
+    def shift(self, rows: Rows) -> Tensor:
+        """``J* Sigma g``, ``(..., n, K)``: how far the posterior mean of f lies below the net's outputs."""
+        return rows.matmul(self.step).unflatten(-2, rows.batch_shape)
+
+    @abstractmethod
     def covariance_blocks(self, rows: Rows) -> Tensor:
         """Its ``K x K`` blocks, one for each example, ``(..., n, K, K)``; memory for one chunk of examples."""
 
@@ -73,7 +89,10 @@ class Solver(ABC):
         base_variance: ``(P,)`` or None; see :class:`Prior`.
         w: w*, ``(P,)``.
         progress: True, False, or None for a bar on terminals only.
+        sums: what :meth:`sums` of an earlier solver for the same arguments gave; spares the pass over the data.
     """
+
+    _names: tuple[str, ...] = ()  # of the sums
 
     def __init__(
         self,
@@ -83,10 +102,20 @@ class Solver(ABC):
         base_variance: Tensor | None,
         w: Tensor,
         progress: bool | None = None,
+        sums: dict[str, Tensor] | None = None,
     ) -> None:
         self.rows = rows
         self.w = w
-        self._prepare(splitting.unit(), groups, base_variance, progress)
+        self.progress = progress
+        if sums is None:
+            self._prepare(splitting.unit(), groups, base_variance, progress)
+            return
+        for name in self._names:
+            setattr(self, name, sums[name])
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was taken of the data, by name."""
+        return {name: getattr(self, name) for name in self._names}
 
     @abstractmethod
     def _prepare(
@@ -104,6 +133,8 @@ class Solver(ABC):
 class WeightSpace(Solver):
     """P x P: one pass over the data, then one Cholesky factor for each prior and noise."""
 
+    _names = ("second", "first")
+
     def _prepare(self, unit, groups, base_variance, progress):
         p = self.rows.num_weights
         num_sums = len(unit.noise_scale)
@@ -116,7 +147,7 @@ class WeightSpace(Solver):
         )
         self.second, self.first = curvature(self.rows, unit, per_row=num_sums > 1, progress=progress)
 
-    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
         return _WeightSpacePosterior(self, prior, splitting)
 
 
@@ -146,10 +177,17 @@ class _WeightSpacePosterior(Posterior):
         """``L^-1 S^(1/2) J*^T`` for rows ``(q, P)``: ``(P, q)``."""
         return torch.linalg.solve_triangular(self.factor, (rows * self.scale).mT, upper=False)
 
+    def _stacked(self, rows: Rows) -> Tensor:
+        """The same for each batch element's rows, ``(..., n K, P)``."""
+        white = self._white(rows.features().flatten(0, 1)).mT
+        return white.reshape(*rows.batch_shape[:-1], -1, rows.num_weights)
+
     def covariance(self, rows: Rows) -> Tensor:
-        white = self._white(rows.features().flatten(0, 1)).mT  # (N K, P)
-        white = white.reshape(*rows.batch_shape[:-1], -1, rows.num_weights)
+        white = self._stacked(rows)
         return white @ white.mT
+
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        return self._stacked(rows1) @ self._stacked(rows2).mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         blocks = []
@@ -168,6 +206,8 @@ class _WeightSpacePosterior(Posterior):
 class FunctionSpace(Solver):
     """n m x n m: one Gram matrix for each prior group, then one Cholesky factor for each prior and noise."""
 
+    _names = ("grams", "rows_times_w")
+
     def _prepare(self, unit, groups, base_variance, progress):
         size = self.rows.num_examples * self.rows.num_rows
         tiling.require_memory(
@@ -181,7 +221,7 @@ class FunctionSpace(Solver):
         self.grams = self.rows.gram(groups.indices, base_variance, progress)
         self.rows_times_w = self.rows.matmul(self.w)
 
-    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
         return _FunctionSpacePosterior(self, prior, splitting)
 
 
@@ -224,15 +264,23 @@ class _FunctionSpacePosterior(Posterior):
         cross = self.rows.cross(rows * self.prior.variance)
         return torch.linalg.solve_triangular(self.factor, self._root_t(cross).mT, upper=False)
 
-    def covariance(self, rows: Rows) -> Tensor:
+    def _stacked(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """``J* S^(1/2)`` and the transpose of the above for each batch element, ``(..., n K, P or n m)``."""
         u = rows.features().flatten(0, 1)
         lead = rows.batch_shape[:-1]
         white = self._white(u).mT.reshape(*lead, -1, len(self.factor))
-        u = u.reshape(*lead, -1, rows.num_weights) * self.prior.variance.sqrt()
+        return u.reshape(*lead, -1, rows.num_weights) * self.prior.variance.sqrt(), white
+
+    def covariance(self, rows: Rows) -> Tensor:
+        u, white = self._stacked(rows)
         before = u @ u.mT
         after = before - white @ white.mT
         warn_if_cancelled(before, after, "The posterior covariance")
         return after
+
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        (u1, white1), (u2, white2) = self._stacked(rows1), self._stacked(rows2)
+        return u1 @ u2.mT - white1 @ white2.mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         befores, afters = [], []
@@ -258,7 +306,7 @@ class _FunctionSpacePosterior(Posterior):
             inner = torch.cholesky_solve(inner.reshape(-1, len(self.factor)).mT, self.factor).mT.reshape(inner.shape)
             return su - self.prior.variance * rows_rmatmul(inner)
 
-        return ImplicitGaussian(mean, self.prior.variance, rows_matmul, rows_rmatmul, solve, len(self.factor))
+        return ImplicitGaussian.from_rows(mean, self.prior.variance, rows_matmul, rows_rmatmul, solve, len(self.factor))
 
 
 # ---- iterative
@@ -268,9 +316,9 @@ class Iterative(Solver):
     """Conjugate gradients with products of U, R and their transposes: no matrix of size P or n m, no evidence."""
 
     def _prepare(self, unit, groups, base_variance, progress):
-        self.progress = progress
+        pass
 
-    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
         return _IterativePosterior(self, prior, splitting)
 
 
@@ -337,6 +385,17 @@ class _IterativePosterior(Posterior):
         ]
         return torch.stack(covariances).reshape(*lead, n * k, n * k)
 
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        u1, u2 = rows1.batched_features(), rows2.batched_features()
+        solved = self._solve(u2.detach().reshape(-1, u2.shape[-1])).reshape(u2.shape)
+        # as above: d(J1 Sigma J2^T) = dJ1 Z2 + Z1^T dJ2^T with Z fixed
+        out = u1 @ solved.mT
+        if u2.requires_grad:
+            solved1 = self._solve(u1.detach().reshape(-1, u1.shape[-1])).reshape(u1.shape)
+            other = solved1 @ u2.mT
+            out = out + other - other.detach()
+        return out
+
     def covariance_blocks(self, rows: Rows) -> Tensor:
         examples = tiling.progress(range(rows.num_examples), "Conjugate gradients, by example", self.progress)
         blocks = [self._columns(self._part(rows, slice(i, i + 1)), show=False)[0, :, 0] for i in examples]
@@ -357,7 +416,7 @@ class _IterativePosterior(Posterior):
             return self._solve(u.reshape(-1, u.shape[-1])).reshape(u.shape)
 
         num_rows = self.rows.num_examples * self.splitting.v.shape[-1]
-        return ImplicitGaussian(mean, self.variance, rows_matmul, rows_rmatmul, solve, num_rows)
+        return ImplicitGaussian.from_rows(mean, self.variance, rows_matmul, rows_rmatmul, solve, num_rows)
 
 
 # ---- diagonal
@@ -366,16 +425,20 @@ class _IterativePosterior(Posterior):
 class Diagonal(Solver):
     """``diag(U^T D U)`` in place of the whole: the paper's practical variant. An approximation of another kind."""
 
+    _names = ("second", "first")
+
     def _prepare(self, unit, groups, base_variance, progress):
         self.second, self.first = curvature(
             self.rows, unit, diagonal=True, per_row=len(unit.noise_scale) > 1, progress=progress
         )
 
-    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:  # noqa: D102
-        return _DiagonalPosterior(self, prior, splitting)
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
+        return DiagonalPosterior(self, prior, splitting)
 
 
-class _DiagonalPosterior(Posterior):
+class DiagonalPosterior(Posterior):
+    """``Sigma = diag(variance)``, ``1 / variance = diag(U^T D U) + 1 / S``, ``(P,)``."""
+
     def __init__(self, solver: Diagonal, prior: Prior, splitting: Splitting) -> None:
         first_scale, second_scale = _scales(splitting)
         second = second_scale @ solver.second
@@ -396,6 +459,9 @@ class _DiagonalPosterior(Posterior):
     def covariance(self, rows: Rows) -> Tensor:
         u = rows.batched_features(self.variance)
         return u @ u.mT
+
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        return rows1.batched_features(self.variance) @ rows2.batched_features(self.variance).mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         blocks = [(u * self.variance) @ u.mT for _, u in rows.blocks()]
@@ -426,18 +492,24 @@ def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:
     return scale, scale.square() if splitting.features == "gradient" else scale
 
 
-def log_evidence(posterior: Posterior, prior: Prior, splitting: Splitting, w: Tensor, kind: str = "laplace") -> Tensor:
-    """Laplace or GP evidence (see the module's formulas), a scalar in nats.
+def log_evidence(
+    posterior: Posterior, prior: Prior, splittings: Sequence[Splitting], w: Tensor, kind: str = "laplace"
+) -> Tensor:
+    """Laplace or GP evidence (see the module's formulas) in nats, a scalar, or one for each element of a batch.
 
     Args:
-        posterior, prior, splitting: at one setting of the hyperparameters.
+        posterior, prior, splittings: at one setting of the hyperparameters; one splitting for each part of the data.
         w: w*, ``(P,)``.
         kind: "laplace", or "gp" for the density ``log N(y~; 0, k + Lambda^-1)`` of the dual targets. For a Gaussian
             loss the two differ by half the Newton decrement, and agree at a stationary point.
     """
     common = -0.5 * prior.squared_norm(w) - 0.5 * posterior.log_det
     if kind == "laplace":
-        return splitting.data_term() + common
+        return sum(splitting.data_term() for splitting in splittings) + common
     if kind == "gp":
-        return dual.log_normalizer(splitting) + common + 0.5 * posterior.newton_decrement
+        return (
+            sum(dual.log_normalizer(splitting) for splitting in splittings)
+            + common
+            + (0.5 * posterior.newton_decrement)
+        )
     raise ValueError(f"kind must be 'laplace' or 'gp'; got {kind!r}.")

@@ -69,7 +69,9 @@ def weight_groups(
         starts.append(starts[-1] + size)
     owner: dict[str, int] = {}
     for number, prefixes in enumerate(groups):
-        found = [n for n in param_names if any(p == "" or n == p or n.startswith(p.rstrip(".") + ".") for p in prefixes)]
+        found = [
+            n for n in param_names if any(p == "" or n == p or n.startswith(p.rstrip(".") + ".") for p in prefixes)
+        ]
         if not found:
             raise ValueError(f"groups entry {prefixes} matches none of the parameters {', '.join(param_names)}.")
         for name in found:
@@ -165,13 +167,13 @@ class DiagonalGaussian(GaussianWeights):
         self.mean = mean
         self.variance = variance
 
-    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+    def covariance_matmul(self, v: Tensor) -> Tensor:
         return v * self.variance
 
-    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+    def precision_matmul(self, v: Tensor) -> Tensor:
         return v / self.variance
 
-    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:
         noise = self._noise((*sample_shape, len(self.mean)), generator)
         return self.mean + self.variance.sqrt() * noise
 
@@ -189,14 +191,14 @@ class WhitenedGaussian(GaussianWeights):
         self.scale = scale
         self.factor = factor
 
-    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+    def covariance_matmul(self, v: Tensor) -> Tensor:
         columns = (v * self.scale).reshape(-1, len(self.mean)).mT
         return torch.cholesky_solve(columns, self.factor).mT.reshape(v.shape) * self.scale
 
-    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
+    def precision_matmul(self, v: Tensor) -> Tensor:
         return ((v / self.scale) @ self.factor @ self.factor.mT) / self.scale
 
-    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:
         # D L^-T e has covariance D (L L^T)^-1 D
         noise = self._noise((*sample_shape, len(self.mean)), generator)
         columns = noise.reshape(-1, len(self.mean)).mT
@@ -205,38 +207,55 @@ class WhitenedGaussian(GaussianWeights):
 
 
 class ImplicitGaussian(GaussianWeights):
-    """A Gaussian known by its products: ``Sigma^-1 = S0^-1 + E^T E`` with few rows E, or only as an operator.
+    """A Gaussian known by its products only.
 
     Args:
-        mean, prior_variance: ``(P,)``.
-        rows_matmul: ``(..., P) -> (..., rows)``, the product with E.
-        rows_rmatmul: ``(..., rows) -> (..., P)``, the product with E^T.
-        solve: ``(..., P) -> (..., P)``, the product with Sigma.
-        num_rows: rows of E.
+        mean: ``(P,)``.
+        covariance_matmul, precision_matmul: ``(..., P) -> (..., P)``.
+        sample: ``(sample_shape, generator) -> (*sample_shape, P)``, draws around zero.
     """
 
     def __init__(
         self,
+        mean: Tensor,
+        covariance_matmul: Callable[[Tensor], Tensor],
+        precision_matmul: Callable[[Tensor], Tensor],
+        sample: Callable[[torch.Size, torch.Generator | None], Tensor],
+    ) -> None:
+        self.mean = mean
+        self._covariance_matmul, self._precision_matmul, self._sample = covariance_matmul, precision_matmul, sample
+
+    @classmethod
+    def from_rows(
+        cls,
         mean: Tensor,
         prior_variance: Tensor,
         rows_matmul: Callable[[Tensor], Tensor],
         rows_rmatmul: Callable[[Tensor], Tensor],
         solve: Callable[[Tensor], Tensor],
         num_rows: int,
-    ) -> None:
-        self.mean = mean
-        self._prior_variance = prior_variance
-        self._rows_matmul, self._rows_rmatmul, self._solve = rows_matmul, rows_rmatmul, solve
-        self._num_rows = num_rows
+    ) -> ImplicitGaussian:
+        """``Sigma^-1 = S0^-1 + E^T E`` by products with the rows E ``(num_rows, P)``, E^T, and Sigma."""
 
-    def covariance_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
-        return self._solve(v)
+        def precision(u: Tensor) -> Tensor:
+            return u / prior_variance + rows_rmatmul(rows_matmul(u))
 
-    def precision_matmul(self, v: Tensor) -> Tensor:  # noqa: D102
-        return v / self._prior_variance + self._rows_rmatmul(self._rows_matmul(v))
+        def sample(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+            # Sigma (S0^-1/2 e + E^T e') has covariance Sigma (S0^-1 + E^T E) Sigma = Sigma
+            options = {"dtype": mean.dtype, "device": mean.device, "generator": generator}
+            noise = torch.randn(*shape, len(mean), **options) / prior_variance.sqrt()
+            return solve(noise + rows_rmatmul(torch.randn(*shape, num_rows, **options)))
 
-    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:  # noqa: D102
-        # Sigma (S0^-1/2 e + E^T e') has covariance Sigma (S0^-1 + E^T E) Sigma = Sigma
-        noise = self._noise((*sample_shape, len(self.mean)), generator)
-        row_noise = self._noise((*sample_shape, self._num_rows), generator)
-        return self.mean + self._solve(noise / self._prior_variance.sqrt() + self._rows_rmatmul(row_noise))
+        return cls(mean, solve, precision, sample)
+
+    def covariance_matmul(self, v: Tensor) -> Tensor:
+        """See the base class."""
+        return self._covariance_matmul(v)
+
+    def precision_matmul(self, v: Tensor) -> Tensor:
+        """See the base class."""
+        return self._precision_matmul(v)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:
+        """See the base class."""
+        return self.mean + self._sample(torch.Size(sample_shape), generator)

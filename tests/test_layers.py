@@ -27,6 +27,7 @@ HOUSE = [
     "dual",
     "solvers",
     "conditioning",
+    "conditioning",
     "operators",
     "kernels",
     "likelihoods",
