@@ -3,7 +3,21 @@
 The theorems are those of Khan, Immer, Abedi and Korzepa (NeurIPS 2019); docs/notation.md maps their letters to names.
 """
 
-from . import dual, laplace, losses, mlls, numerics, plotting, predictive, selection, solvers, tiling, training, weights
+from . import (
+    dual,
+    laplace,
+    losses,
+    metrics,
+    mlls,
+    numerics,
+    plotting,
+    predictive,
+    selection,
+    solvers,
+    tiling,
+    training,
+    weights,
+)
 from .gp import LaplaceGP, Prediction
 from .kernels import JacobianKernel, NetworkMean
 from .likelihoods import GGNLikelihood
@@ -25,6 +39,7 @@ __all__ = [
     "fit_evidence",
     "laplace",
     "losses",
+    "metrics",
     "mlls",
     "numerics",
     "plotting",

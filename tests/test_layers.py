@@ -17,6 +17,7 @@ HOUSE = [
     "tiling",
     "losses",
     "predictive",
+    "metrics",
     "from_torch",
     "jacobians",
     "gram",
