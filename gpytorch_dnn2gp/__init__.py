@@ -24,6 +24,7 @@ from .likelihoods import GGNLikelihood
 from .linearize import Linearization
 from .numerics import NumericalWarning
 from .selection import fit_evidence
+from .serialization import load, save
 
 __version__ = "0.1.0"
 
@@ -38,12 +39,14 @@ __all__ = [
     "dual",
     "fit_evidence",
     "laplace",
+    "load",
     "losses",
     "metrics",
     "mlls",
     "numerics",
     "plotting",
     "predictive",
+    "save",
     "selection",
     "solvers",
     "tiling",

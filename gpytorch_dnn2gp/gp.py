@@ -391,7 +391,8 @@ class LaplaceGP(ExactGP):
                 f"(..., {', '.join(map(str, (q, *event)))})."
             )
         f = self._outputs
-        flat = self._loss_of(None).check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
+        loss = self._loss_of(f.new_tensor(1.0) if self.likelihood.per_example_noise else None)  # no matter for labels
+        flat = loss.check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
         return flat.reshape(*batch, q, *flat.shape[1:])
 
     def _append(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

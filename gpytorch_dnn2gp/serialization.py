@@ -1,0 +1,402 @@
+"""One file from which a GP predicts in a new process, given the net's class.
+
+    metadata    JSON: format and version, names, structure, loss, groups, constraints, memory layouts
+    net/        parameters and buffers
+    data/       training inputs, labels, outputs, targets
+    sums/       what the solver took of the data, so that no Jacobian of it is formed again
+    raw/        hyperparameters as they are optimised; fixed/: the others
+    added/      data that the GP was conditioned on
+    check/      values of a loss that the file cannot hold, to recognise it by
+
+The format is safetensors: nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
+from gpytorch.constraints.constraints import softplus
+from gpytorch.utils.transforms import inv_sigmoid, inv_softplus
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import losses
+from .gp import LaplaceGP
+from .linearize import Linearization
+from .losses import Loss
+
+FORMAT = 1  # raised when older packages could not read a file rightly
+_KEY = "gpytorch_dnn2gp"
+_LOSSES = ("Gaussian", "Bernoulli", "Categorical", "Poisson", "HeteroscedasticGaussian")
+_CONSTRAINTS = {"Interval": Interval, "GreaterThan": GreaterThan, "LessThan": LessThan, "Positive": Positive}
+_TRANSFORMS = {
+    "exp": (torch.exp, torch.log),
+    "softplus": (softplus, inv_softplus),
+    "sigmoid": (torch.sigmoid, inv_sigmoid),
+    "none": (None, None),
+}
+_DTYPES = {str(d): d for d in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
+
+
+def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None:
+    """Write all that ``gp`` needs to predict, condition and give evidence into one safetensors file.
+
+    The file replaces one of the same name only when it is complete: an interrupted save loses nothing. Priors on
+    hyperparameters and progress settings are not written.
+
+    Args:
+        gp: a :class:`LaplaceGP`, conditioned on more data or not. If it has not been used yet, its sums over the data
+            are taken first.
+        path: of the file; its folder must exist.
+        jacobians: keep the Jacobians at the training inputs (n K P numbers) where solver="function_space" holds them.
+            Without them the file is smaller, they are computed again after loading, and predictions may differ by
+            rounding.
+
+    Raises:
+        TypeError, ValueError: what cannot be saved faithfully: another model, half precision, a constraint of your own.
+    """
+    if type(gp) is not LaplaceGP:
+        raise TypeError(f"save writes a LaplaceGP; got {type(gp).__name__}.")
+    path = Path(path)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"Cannot write {path}: " + ("it is a folder." if path.is_dir() else "no such folder."))
+    lin, kernel, likelihood = gp.linearization, gp.covar_module, gp.likelihood
+    if lin.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"The GP is {lin.dtype}, too coarse for its algebra: save it before .half(), in float32.")
+    net = lin.net
+    config = {
+        "format": FORMAT,
+        "version": _version(),
+        "net": f"{type(net).__module__}.{type(net).__qualname__}",
+        "dtype": str(lin.dtype),
+        "params": lin.param_names,
+        "input_shape": None if lin.input_shape is None else list(lin.input_shape),
+        "input_dtype": None if lin.input_dtype is None else str(lin.input_dtype),
+        "loss": _describe_loss(gp.loss),
+        "structure": gp.structure,
+        "features": gp.features,
+        "groups": _describe_groups(gp),
+        "constraints": {name: _describe_constraint(module, name) for module, name in _hyperparameters(gp)},
+    }
+    with torch.no_grad():
+        solver = gp._solver_for(gp._splitting())
+    config["solver"] = gp.solver if gp.structure == "full" else "auto"
+
+    tensors = {f"net/{name}": tensor for name, tensor in _net_state(net).items()}
+    tensors |= {"data/inputs": gp._inputs, "data/labels": gp._labels, "data/outputs": gp._outputs}
+    tensors |= {f"sums/{name}": tensor for name, tensor in solver.sums().items()}
+    if jacobians and gp.solver == "function_space" and solver.rows.kept is not None:
+        tensors["sums/rows"] = solver.rows.kept
+    tensors |= {"fixed/temperature": likelihood.temperature}
+    for module, name in _hyperparameters(gp):
+        constraint, key = getattr(module, f"{name}_constraint"), name.replace("raw_", "raw/")
+        tensors |= {
+            key: getattr(module, name),
+            f"{key}.lower": constraint.lower_bound,
+            f"{key}.upper": constraint.upper_bound,
+        }
+    if kernel.structure.base_variance is not None:
+        tensors["fixed/prior_variance"] = kernel.structure.base_variance
+    if gp.noise is not None:
+        tensors["fixed/noise"] = gp.noise
+    if gp._added is None:
+        tensors["data/targets"] = gp.train_targets
+    else:
+        tensors |= {"added/inputs": gp._added.inputs, "added/labels": gp._added.labels}
+        if gp._added.noise is not None:
+            tensors["added/noise"] = gp._added.noise
+    if config["loss"]["name"] is None:
+        tensors |= _fingerprint(gp)
+
+    packed, config["layouts"] = {}, {}
+    for name, tensor in tensors.items():
+        packed[name], config["layouts"][name] = _pack(tensor)
+    _write(packed, {_KEY: json.dumps(config)}, path)
+
+
+def load(path: str | os.PathLike, net: nn.Module, loss: Loss | None = None) -> LaplaceGP:
+    """The GP that :func:`save` wrote, predicting as it did: to the bit with the same versions, threads and machine.
+
+    Args:
+        path: of the file.
+        net: an instance of the net's class, built as the saved one was. Its weights do not matter and it is not
+            changed; the GP comes to lie on its device.
+        loss: needed if the GP's loss was made by ``losses.from_callable`` or has a function for its link, which a file
+            cannot hold.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, foreign or newer than this package; the net has other parameters or computes
+            something else; the loss is missing or another one.
+    """
+    config, tensors = _read(Path(path))
+    try:
+        return _rebuild(config, tensors, net, loss, path)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: it is damaged, or was not written by gpytorch_dnn2gp.save.") from error
+
+
+def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Loss | None, path) -> LaplaceGP:
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"load needs an instance of the saved net's class, {config['net']}; got {type(net).__name__}. A file holds "
+            "weights, not code."
+        )
+    loss = _rebuild_loss(config["loss"], loss, tensors.get("fixed/noise"), path)
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    device = torch.device("cpu") if device.type == "meta" else device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    lin = Linearization(
+        _filled(net, config, {n[len("net/") :]: t for n, t in tensors.items() if n.startswith("net/")}, path),
+        config["params"],
+        config["input_shape"],
+        None if config["input_dtype"] is None else _DTYPES[config["input_dtype"]],
+    )
+    if lin.param_names != config["params"]:
+        raise ValueError(
+            f"The net's parameters come in another order than in {path}: {', '.join(lin.param_names)} instead of "
+            f"{', '.join(config['params'])}."
+        )
+    gp = LaplaceGP(
+        lin,
+        tensors["data/inputs"],
+        tensors["data/labels"],
+        loss,
+        groups=config["groups"]["parameters"],
+        solver=config["solver"],
+        structure=config["structure"],
+        features=config["features"],
+        prior_variance=tensors.get("fixed/prior_variance"),
+        temperature=float(tensors["fixed/temperature"]),
+    )
+    outputs = tensors["data/outputs"]
+    if not _close(gp._outputs, outputs):
+        raise ValueError(
+            f"The net given to load fits {path} in names and shapes of its parameters, but not in what it computes: "
+            "its outputs at the training inputs are others. Build it as the saved one was "
+            f"({config['net']}): the same activations, normalisations, constructor arguments."
+        )
+    # What follows is set to the bit, instead of being computed in, perhaps, another order
+    gp._outputs = outputs
+    kernel = gp.covar_module
+    kernel.structure.groups = dataclasses.replace(kernel.structure.groups, names=tuple(config["groups"]["names"]))
+    for module, name in _hyperparameters(gp):
+        key = name.replace("raw_", "raw/")
+        constraint = _rebuild_constraint(config["constraints"][name], tensors[f"{key}.lower"], tensors[f"{key}.upper"])
+        module.register_constraint(name, constraint, replace=True)
+        with torch.no_grad():
+            getattr(module, name).copy_(tensors[key])
+    if config["loss"]["name"] is None:
+        _require_same_loss(gp, tensors, path)
+    sums = {name[len("sums/") :]: tensor for name, tensor in tensors.items() if name.startswith("sums/")}
+    with torch.no_grad():
+        solver = gp._solver_for(gp._splitting(), sums)
+    if "rows" in sums:
+        solver.rows.keep(sums["rows"])
+    elif gp.solver == "function_space":
+        solver.rows.keep()
+    if "added/inputs" in tensors:
+        return gp.condition_on(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))
+    gp.train_targets = tensors["data/targets"]
+    return gp
+
+
+# ---- the file
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    path = path.resolve()  # through a link, not in its place
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            if config is None:
+                raise ValueError(f"{path} is a safetensors file, but not one that gpytorch_dnn2gp.save wrote.")
+            if config["format"] > FORMAT:
+                raise ValueError(
+                    f"{path} was written by gpytorch_dnn2gp {config['version']} in format {config['format']}; this is "
+                    f"{_version()}, which reads up to format {FORMAT}. Upgrade the package."
+                )
+            return config, {name: _unpack(file.get_tensor(name), config["layouts"][name]) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged, or no file that gpytorch_dnn2gp.save wrote ({error})."
+        ) from error
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """Contiguous on the CPU, and the order of dimensions in memory, which decides how products are rounded."""
+    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), i))
+    return tensor.detach().permute(order).cpu().clone(memory_format=torch.contiguous_format), order
+
+
+def _unpack(tensor: Tensor, order: list[int]) -> Tensor:
+    # A clone lies where torch likes tensors to lie, and outlives the file
+    return tensor.clone().permute([order.index(i) for i in range(len(order))])
+
+
+def _version() -> str:
+    return sys.modules[__package__].__version__
+
+
+# ---- the net
+
+
+def _net_state(net: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that no state_dict shows as well."""
+    return dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers(remove_duplicate=False))
+
+
+def _filled(net: nn.Module, config: dict, state: dict[str, Tensor], path) -> nn.Module:
+    """A copy of ``net`` with the saved weights."""
+    net = copy.deepcopy(net)
+    if any(tensor.is_meta for tensor in _net_state(net).values()):
+        net = net.to_empty(device="cpu")
+    present = _net_state(net)
+    differences = [
+        *_listed("lacks", state.keys() - present.keys()),
+        *_listed("has besides", present.keys() - state.keys()),
+        *(
+            f"has {name} of shape {tuple(present[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in state.items()
+            if name in present and present[name].shape != tensor.shape
+        ),
+    ]
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            f"The net given to load ({type(net).__name__}) is not built as the one in {path} ({config['net']}): it "
+            f"{'; '.join(differences[:4])}{more}."
+        )
+    for name, tensor in state.items():
+        present[name].data = tensor.clone()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in config["params"])
+    return net
+
+
+def _listed(verb: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    return [f"{verb} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"] if names else []
+
+
+# ---- loss and hyperparameters
+
+
+def _describe_loss(loss: Loss) -> dict:
+    name = type(loss).__name__
+    if name not in _LOSSES or type(loss) is not getattr(losses, name):
+        return {"name": None, "repr": repr(loss)}
+    if name != "HeteroscedasticGaussian":
+        return {"name": name, "arguments": {}}
+    if callable(loss.link):
+        return {"name": None, "repr": repr(loss)}
+    return {"name": name, "arguments": {"parametrization": loss.parametrization, "link": loss.link}}
+
+
+def _rebuild_loss(saved: dict, loss: Loss | None, noise: Tensor | None, path) -> Loss:
+    if loss is not None and not isinstance(loss, Loss):
+        raise TypeError(f"loss must come from gpytorch_dnn2gp.losses; got {type(loss).__name__}.")
+    if saved["name"] is None and loss is None:
+        raise ValueError(
+            f"The loss of the GP in {path} is {saved['repr']}, whose functions no file can hold: give it again, "
+            "load(path, net, loss=...)."
+        )
+    if saved["name"] is not None:
+        if saved["name"] not in _LOSSES:
+            raise ValueError(f"{path} names the loss {saved['name']!r}, which is none of {', '.join(_LOSSES)}.")
+        built = getattr(losses, saved["name"])(**saved["arguments"])
+        if loss is not None and _describe_loss(loss) != saved:
+            raise ValueError(f"loss={loss} was given, but the GP in {path} has {saved['name']}. Leave loss= out.")
+        loss = built
+    if loss.has_noise != (noise is not None):
+        raise ValueError(f"loss={loss} was given, but the GP in {path} has {saved.get('repr')}.")
+    return loss if noise is None else loss.with_noise(noise)
+
+
+def _fingerprint(gp: LaplaceGP) -> dict[str, Tensor]:
+    """Values of the loss at the training outputs: a loss given again must have them too."""
+    loss, f, y = gp.loss, gp._outputs, gp._labels
+    with torch.no_grad():
+        return {
+            "check/negative_log_likelihood": loss.negative_log_likelihood(f, y),
+            "check/residual": loss.residual(f, y),
+            "check/noise_precision": loss.noise_precision(f, y).diagonal(dim1=-2, dim2=-1),
+        }
+
+
+def _require_same_loss(gp: LaplaceGP, tensors: dict[str, Tensor], path) -> None:
+    for name, value in _fingerprint(gp).items():
+        if not _close(value, tensors[name]):
+            raise ValueError(
+                f"The loss given to load, {gp.loss}, is not the one in {path}: its "
+                f"{name.removeprefix('check/').replace('_', ' ')} at the training data differs."
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding in another order."""
+    if a.shape != b.shape:
+        return False
+    return bool((a - b).abs().max() <= 10 * torch.finfo(a.dtype).eps ** 0.5 * (1 + b.abs().max()))
+
+
+def _hyperparameters(gp: LaplaceGP) -> list[tuple[nn.Module, str]]:
+    """Owners and names of what is optimised."""
+    owners = (gp.covar_module, "raw_prior_precision"), (gp.likelihood, "raw_noise")
+    return [(module, name) for module, name in owners if hasattr(module, name)]
+
+
+def _describe_groups(gp: LaplaceGP) -> dict:
+    """Names of the groups, and the parameters in each."""
+    lin, groups = gp.linearization, gp.covar_module.groups
+    owner, parameters = groups.index(torch.device("cpu")).tolist(), [[] for _ in groups.names]
+    for name, part in zip(lin.param_names, lin.function.slices(), strict=True):
+        parameters[owner[part.start]].append(name)
+    return {"names": list(groups.names), "parameters": parameters}
+
+
+def _describe_constraint(module: nn.Module, name: str) -> dict:
+    constraint = getattr(module, f"{name}_constraint")
+    kind = type(constraint).__name__
+    given = softplus if isinstance(constraint._transform, nn.Softplus) else constraint._transform  # perhaps copied
+    transform = next((n for n, (f, _) in _TRANSFORMS.items() if given is f), None)
+    if _CONSTRAINTS.get(kind) is not type(constraint) or transform is None:
+        raise ValueError(
+            f"The constraint {constraint!r} of {name} is a class or a transform of your own, which no file can hold. "
+            f"Register one of gpytorch.constraints.{', '.join(_CONSTRAINTS)} with a transform exp, softplus or sigmoid."
+        )
+    return {"class": kind, "transform": transform}
+
+
+def _rebuild_constraint(saved: dict, lower: Tensor, upper: Tensor) -> Interval:
+    transform, inverse = _TRANSFORMS[saved["transform"]]
+    bounds = {"Interval": (lower, upper), "GreaterThan": (lower,), "LessThan": (upper,), "Positive": ()}[saved["class"]]
+    constraint = _CONSTRAINTS[saved["class"]](*bounds, transform=transform, inv_transform=inverse)
+    constraint.lower_bound, constraint.upper_bound = lower, upper  # in their own precision
+    return constraint
