@@ -28,7 +28,6 @@ HOUSE = [
     "dual",
     "solvers",
     "conditioning",
-    "conditioning",
     "operators",
     "kernels",
     "likelihoods",
