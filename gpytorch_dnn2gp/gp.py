@@ -12,15 +12,18 @@ dual.py). The paper's targets ``y~`` are in ``gp.dual_data()``. n examples, K ou
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import gpytorch
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import Kernel
 from gpytorch.models import ExactGP
 from linear_operator import to_linear_operator
-from linear_operator.operators import ZeroLinearOperator
+from linear_operator.operators import KroneckerProductLinearOperator, ZeroLinearOperator
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -33,7 +36,7 @@ from .likelihoods import GGNLikelihood
 from .linearize import Linearization, Rows
 from .losses import Loss
 from .predictive import predictive
-from .weights import GaussianWeights
+from .weights import GaussianWeights, Prior
 
 STRUCTURES = ("full", "diagonal")
 _SOLVERS = {
@@ -141,6 +144,9 @@ class LaplaceGP(ExactGP):
         input_shape, input_dtype: see :class:`Linearization`.
         prior_variance: see :class:`JacobianKernel`.
         temperature: the loss is divided by it.
+        residual_kernel: a GPyTorch kernel, such as ``ScaleKernel(MaternKernel())``, added to that of the net, the same
+            for each output: far from the data the band widens to it whatever the features do. In function space;
+            its hyperparameters are fitted by the evidence with the others. Its dtype is that of the net.
         progress: bars on long work: True, False, or None for terminals only.
 
     Raises:
@@ -164,6 +170,7 @@ class LaplaceGP(ExactGP):
         input_dtype: torch.dtype | None = None,
         prior_variance: Tensor | None = None,
         temperature: float = 1.0,
+        residual_kernel: Kernel | None = None,
         progress: bool | None = None,
     ) -> None:
         _require_one_of("solver", solver, solvers.SOLVERS)
@@ -176,15 +183,24 @@ class LaplaceGP(ExactGP):
             )
         if structure == "diagonal" and solver != "auto":
             raise ValueError("structure='diagonal' needs no solver: leave solver='auto'.")
+        if residual_kernel is not None:
+            if structure != "full" or features != "jacobian" or solver not in ("auto", "function_space"):
+                raise ValueError(
+                    "residual_kernel works in function space: leave structure='full', features='jacobian' and solver="
+                    "'auto' or 'function_space'."
+                )
+            solver = "function_space"
         if input_shape is None and not isinstance(net, Linearization) and train_x.dim() > 2:
             input_shape = train_x.shape[1:]
         lin = as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
         super().__init__(None, None, GGNLikelihood(loss, lin, temperature=temperature))
         self.mean_module = NetworkMean(lin)
         self.covar_module = JacobianKernel(lin, prior_precision, groups, prior_variance)
+        self.residual_kernel = None if residual_kernel is None else copy.deepcopy(residual_kernel).to(lin.weights)
         self.structure, self.features, self.requested_solver = structure, features, solver
         self.show_progress = progress
         self._set_data(train_x, train_y)
+        self.register_load_state_dict_post_hook(_after_loading_state)
         self.eval()
 
     def _set_data(self, x: Tensor, y: Tensor) -> None:
@@ -292,6 +308,9 @@ class LaplaceGP(ExactGP):
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior: mean c(x), covariance k."""
         mean, covariance = self.mean_module(x), self.covar_module(x)
+        if self.residual_kernel is not None:
+            eye = torch.eye(self.num_outputs, dtype=mean.dtype, device=mean.device)
+            covariance = covariance + KroneckerProductLinearOperator(self.residual_kernel(x), to_linear_operator(eye))
         if self.num_outputs == 1:
             return MultivariateNormal(mean, covariance)
         return MultitaskMultivariateNormal(mean, covariance)
@@ -524,11 +543,11 @@ class LaplaceGP(ExactGP):
         """
         if torch.is_grad_enabled() and gpytorch.settings.detach_test_caches.off():
             return self._posterior_at()
-        key = (self.prior_precision.detach(), self.likelihood.temperature, *_present(self.noise))
+        key = self._hyperparameter_values()
         if self._base_posterior is None or not _same(self._base_posterior[0], key):
             with torch.no_grad():
                 splitting = self._splitting()
-                base = self._solver_for(splitting).posterior(self.covar_module.prior(), splitting)
+                base = self._base_at(self.covar_module.prior(), splitting)
             self._base_posterior = (tuple(k.clone() for k in key), base)
             self._conditioned = None
         if self._added is None:
@@ -544,8 +563,22 @@ class LaplaceGP(ExactGP):
     def _posterior_at(self, prior_precision: Tensor | None = None, noise: Tensor | None = None) -> solvers.Posterior:
         """The posterior at these, or the present, hyperparameters, with their graph."""
         splitting, prior = self._splitting(noise), self.covar_module.prior(prior_precision)
-        base = self._solver_for(splitting).posterior(prior, splitting)
+        base = self._base_at(prior, splitting)
         return base if self._added is None else self._condition(base, noise)
+
+    def _base_at(self, prior: Prior, splitting: Splitting) -> solvers.Posterior:
+        solver = self._solver_for(splitting)
+        if self.residual_kernel is None:
+            return solver.posterior(prior, splitting)
+        return solver.posterior(prior, splitting, lambda x1, x2: self.residual_kernel(x1, x2).to_dense())
+
+    def _hyperparameter_values(self) -> tuple[Tensor, ...]:
+        residual = () if self.residual_kernel is None else self.residual_kernel.parameters()
+        return (
+            *(self.prior_precision.detach(), self.likelihood.temperature),
+            *_present(self.noise),
+            *(p.detach() for p in residual),
+        )
 
     def _condition(self, base: solvers.Posterior, noise: Tensor | None) -> Conditioned:
         return condition(base, self._added.rows, self._added_splitting(noise))
@@ -627,18 +660,77 @@ class LaplaceGP(ExactGP):
             return MultivariateNormal(mean.squeeze(-1), covariance)
         return MultitaskMultivariateNormal(mean, covariance)
 
+    # ---- state_dict: hyperparameters and weights; the data they belong to are not in it, but recognised
+
+    def get_extra_state(self) -> Tensor:
+        """What a ``state_dict`` belongs to, in one tensor: a digest of data and structure, and the outputs at the data."""
+        lin, added = self.linearization, self._added
+        loss = self.likelihood.loss
+        structure = {
+            "loss": type(loss).__name__ if loss.has_noise else repr(loss),
+            "net": [lin.param_names, lin.param_sizes, lin.input_shape, str(lin.input_dtype), str(lin.dtype)],
+            "groups": self.covar_module.groups.index(torch.device("cpu")).tolist(),
+            "kind": [type(self).__name__, self.structure, self.features],
+        }
+        digest = hashlib.sha256(json.dumps(structure).encode())
+        for tensor in (self._inputs, self._labels, *((added.inputs, added.labels) if added is not None else ())):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        outputs = self._outputs.detach().double().flatten()
+        return torch.cat([outputs.new_tensor(list(digest.digest())), outputs])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Called by ``load_state_dict`` before anything is loaded.
+
+        Raises:
+            ValueError: the state is of a GP with other data, loss or structure.
+        """
+        own = self.get_extra_state()
+        size = len(own) - self._outputs.numel()
+        if len(state) != len(own) or not torch.equal(state[:size].to(own), own[:size]):
+            raise ValueError(
+                "This state_dict is of a GP with other training data, another loss or another structure; with it this "
+                "one would predict something else. Build the GP on the same data first, or use gpytorch_dnn2gp.save and "
+                "load, which keep the data; to take over hyperparameters alone, set prior_precision and noise."
+            )
+        net = self.linearization.net
+        before = [tensor.clone() for tensor in (*net.parameters(), *net.buffers())]
+        self._loading = (state[size:].to(self._outputs).reshape(self._outputs.shape), before)
+
     def _apply(self, fn):
         # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
         result = super()._apply(fn)
+        self._renew(fn)
+        return result
+
+    def _renew(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Compute again what follows from net and data, the data changed by ``fn``."""
         added = self._added
         self._set_data(fn(self._inputs), fn(self._labels))
         if added is None:
-            return result
+            return
         noise = None if added.noise is None else fn(added.noise)
         moved = self.get_fantasy_model(fn(added.inputs), fn(added.labels), noise=noise)
         self._added, self.train_inputs = moved._added, moved.train_inputs
         self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
-        return result
+
+
+def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
+    """Where ``load_state_dict`` changed the net, outputs and sums follow; they must be those the state was taken with."""
+    outputs, before = gp.__dict__.pop("_loading", (None, None))
+    net = gp.linearization.net
+    now = (*net.parameters(), *net.buffers())
+    if before is not None and all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+        return
+    gp._renew(lambda tensor: tensor)
+    if outputs is None:  # strict=False, and not there
+        return
+    if (gp._outputs - outputs).abs().max() > 10 * torch.finfo(outputs.dtype).eps ** 0.5 * (1 + outputs.abs().max()):
+        raise ValueError(
+            "The state_dict fits this GP's net in names and shapes, but the net it was taken from computes something "
+            "else. Build this GP from a net of the same activations, normalisations and constructor arguments."
+        )
+    gp._outputs = outputs
 
 
 def _expand(tensor: Tensor, batch: torch.Size, event_dims: int | None = None) -> Tensor:

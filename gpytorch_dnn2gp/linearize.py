@@ -288,6 +288,15 @@ class Rows:
         """N."""
         return len(self.x)
 
+    def flat(self, part: slice = slice(None)) -> Rows:
+        """Some of the examples, without batch dimensions."""
+        x = self.x[part]
+        return Rows(self.function, x, x.shape[:1], None if self.cotangents is None else self.cotangents[part])
+
+    def flat_inputs(self) -> Tensor:
+        """The inputs as vectors, ``(..., n, d)``, in the weights' dtype."""
+        return self.x.flatten(1).unflatten(0, self.batch_shape).to(self.function.dtype)
+
     @property
     def num_rows(self) -> int:
         """m, rows per example."""

@@ -53,7 +53,8 @@ def fit_evidence(
     """Choose ``prior_precision`` and ``noise`` by maximising the evidence: L-BFGS on their logarithms.
 
     The net stays as it is, so each step costs one factorisation and no Jacobian. Priors registered on the
-    hyperparameters are added. If interrupted, the GP is left at its best point so far.
+    hyperparameters are added. The raw parameters of a residual kernel are fitted too. If interrupted, the GP is left at
+    its best point so far.
 
     Args:
         gp: changed in place: its ``prior_precision`` and ``noise``.
@@ -76,27 +77,38 @@ def fit_evidence(
         )
     fit_noise = learnable if fit_noise is None else fit_noise
 
+    residual = [] if gp.residual_kernel is None else [p for p in gp.residual_kernel.parameters() if p.requires_grad]
     delta0 = gp.prior_precision.detach().clone()
     noise0 = gp.noise.detach().clone() if fit_noise else None
     num_groups = delta0.numel()
     start = delta0.log().flatten()
     if fit_noise:
         start = torch.cat([start, noise0.log().flatten()])
+    num_logs = len(start)
+    start = torch.cat([start, *(p.detach().flatten() for p in residual)])
     bar = tiling.progress(None, "Evidence", progress, unit=" evaluations")
     history: list[tuple[float, np.ndarray, float]] = []  # objective, logarithms, evidence
 
     def set_to(theta: torch.Tensor) -> None:
         gp.prior_precision = theta[:num_groups].exp()
         if fit_noise:
-            gp.noise = theta[num_groups:].exp().reshape(noise0.shape)
+            gp.noise = theta[num_groups:num_logs].exp().reshape(noise0.shape)
+        set_residual(theta)
+
+    def set_residual(theta: torch.Tensor) -> None:
+        with torch.no_grad():
+            for p, piece in zip(residual, theta[num_logs:].split([p.numel() for p in residual]), strict=True):
+                p.copy_(piece.view_as(p))
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
         theta = torch.as_tensor(values).to(start).requires_grad_()
+        set_residual(theta)
         with torch.enable_grad():
-            noise = theta[num_groups:].exp().reshape(noise0.shape) if fit_noise else None
+            noise = theta[num_groups:num_logs].exp().reshape(noise0.shape) if fit_noise else None
             evidence = gp.log_evidence(kind, prior_precision=theta[:num_groups].exp(), noise=noise)
             total = evidence + _log_priors(gp, theta[:num_groups].exp(), noise)
-            (gradient,) = torch.autograd.grad(total, theta)
+            gradient, *others = torch.autograd.grad(total, [theta, *residual])
+            gradient = torch.cat([gradient[:num_logs], *(g.flatten() for g in others)])
         history.append((float(total.detach()), values.copy(), float(evidence.detach())))
         bar.update()
         bar.set_postfix(evidence=f"{history[-1][2]:.2f}")

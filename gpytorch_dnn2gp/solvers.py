@@ -11,6 +11,9 @@ With rows ``U = phi^T``, gradients v, ``D = R R^T`` (laplace.py), prior N(0, S) 
     log|A| = log|B|;  covariance of f at x*: J* Sigma J*^T;  posterior mean: w* - Sigma g.
     log evidence  = data term - w*^T S^-1 w* / 2 - log|B| / 2   (Laplace)   ( + g^T Sigma g / 2  for the GP's)
 
+In function space a second, stationary kernel may be added, ``k = J S J^T + k_r (x) I_K``, for what the features do not
+span: far from the data. There w and the added function are both unknown, and step and weights are those of w alone.
+
 A and B are I + PSD: no inverse of D, no jitter. Everything is differentiable in delta and sigma; sums over the data are
 taken once. n examples, m rows each, P weights, G prior groups.
 """
@@ -18,7 +21,7 @@ taken once. n examples, m rows each, P weights, G prior groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -127,6 +130,10 @@ class Solver(ABC):
         """The posterior under this prior and this noise."""
 
 
+# k_r: inputs (..., n, d), (..., n', d) -> (..., n, n')
+ResidualKernel = Callable[[Tensor, Tensor], Tensor]
+
+
 # ---- weight space
 
 
@@ -221,19 +228,25 @@ class FunctionSpace(Solver):
         self.grams = self.rows.gram(groups.indices, base_variance, progress)
         self.rows_times_w = self.rows.matmul(self.w)
 
-    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
-        return _FunctionSpacePosterior(self, prior, splitting)
+    def posterior(self, prior: Prior, splitting: Splitting, residual_kernel: ResidualKernel | None = None) -> Posterior:
+        """See the base class; ``residual_kernel`` is added to that of the net, the same for each output."""
+        return _FunctionSpacePosterior(self, prior, splitting, residual_kernel)
 
 
 class _FunctionSpacePosterior(Posterior):
-    def __init__(self, solver: FunctionSpace, prior: Prior, splitting: Splitting) -> None:
+    def __init__(
+        self, solver: FunctionSpace, prior: Prior, splitting: Splitting, residual_kernel: ResidualKernel | None
+    ) -> None:
         self.rows, self.w, self.prior, self.splitting = solver.rows, solver.w, prior, splitting
+        self._residual_kernel = residual_kernel
         v, uw = splitting.v, solver.rows_times_w
         k = torch.einsum("g,gij->ij", prior.precision.reciprocal(), solver.grams)
+        if residual_kernel is not None:
+            k = k + self._residual(self.rows, self.rows)
         b = symmetrize(self._root_t(self._root_t(k).mT))
         b = b + torch.eye(len(b), dtype=b.dtype, device=b.device)
         self.factor = cholesky(b, "The function-space matrix I + R^T k R")
-        warn_if_inaccurate(b, self.factor, "The function-space matrix")
+        warn_if_inaccurate(b, self.factor, "The function-space matrix", against_identity=True)
         # U S g = k v + U w;   g^T Sigma g = g^T S g - |L^-1 R^T U S g|^2
         h = (k @ v.flatten()).reshape(v.shape) + uw
         white = torch.linalg.solve_triangular(self.factor, self._root_t(h.reshape(1, -1)).mT, upper=False)
@@ -259,41 +272,71 @@ class _FunctionSpacePosterior(Posterior):
         n = self.rows.num_examples
         return self.splitting.apply_root_t(a.unflatten(-1, (n, -1))).flatten(-2)
 
-    def _white(self, rows: Tensor) -> Tensor:
-        """``L^-1 R^T U S J*^T`` for rows ``(q, P)``: ``(n m, q)``."""
-        cross = self.rows.cross(rows * self.prior.variance)
+    def shift(self, rows: Rows) -> Tensor:
+        shift = super().shift(rows)
+        if self._residual_kernel is None:
+            return shift
+        added = self._residual(rows, self.rows) @ self._dual_step.flatten()
+        return shift + added.unflatten(-1, (rows.batch_shape[-1], -1))
+
+    def _residual(self, rows1: Rows, rows2: Rows) -> Tensor:
+        """``k_r(x1, x2) (x) I_K``, ``(..., n1 K, n2 K)``."""
+        k = self._residual_kernel(rows1.flat_inputs(), rows2.flat_inputs())
+        return torch.kron(k, torch.eye(self.rows.num_rows, dtype=k.dtype, device=k.device))
+
+    def _white(self, u: Tensor, rows: Rows) -> Tensor:
+        """``L^-1 R^T k(X, x*)`` for the features u ``(N K, P)`` of ``rows``: ``(n m, N K)``."""
+        cross = self.rows.cross(u * self.prior.variance)
+        if self._residual_kernel is not None:
+            cross = cross + self._residual(rows.flat(), self.rows)
         return torch.linalg.solve_triangular(self.factor, self._root_t(cross).mT, upper=False)
 
     def _stacked(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """``J* S^(1/2)`` and the transpose of the above for each batch element, ``(..., n K, P or n m)``."""
         u = rows.features().flatten(0, 1)
         lead = rows.batch_shape[:-1]
-        white = self._white(u).mT.reshape(*lead, -1, len(self.factor))
+        white = self._white(u, rows).mT.reshape(*lead, -1, len(self.factor))
         return u.reshape(*lead, -1, rows.num_weights) * self.prior.variance.sqrt(), white
 
     def covariance(self, rows: Rows) -> Tensor:
         u, white = self._stacked(rows)
         before = u @ u.mT
+        if self._residual_kernel is not None:
+            before = before + self._residual(rows, rows)
         after = before - white @ white.mT
         warn_if_cancelled(before, after, "The posterior covariance")
         return after
 
     def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
         (u1, white1), (u2, white2) = self._stacked(rows1), self._stacked(rows2)
-        return u1 @ u2.mT - white1 @ white2.mT
+        before = u1 @ u2.mT
+        if self._residual_kernel is not None:
+            before = before + self._residual(rows1, rows2)
+        return before - white1 @ white2.mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         befores, afters = [], []
-        for _, u in rows.blocks():
-            white = self._white(u.flatten(0, 1)).unflatten(1, u.shape[:2])
+        for part, u in rows.blocks():
+            here = rows.flat(part)
+            white = self._white(u.flatten(0, 1), here).unflatten(1, u.shape[:2])
             u = u * self.prior.variance.sqrt()
-            befores.append(u @ u.mT)
-            afters.append(befores[-1] - torch.einsum("ibk,ibl->bkl", white, white))
+            before = u @ u.mT
+            if self._residual_kernel is not None:
+                x = here.flat_inputs()[:, None]
+                k = self._residual_kernel(x, x)  # (b, 1, 1)
+                before = before + k * torch.eye(u.shape[1], dtype=k.dtype, device=k.device)
+            befores.append(before)
+            afters.append(before - torch.einsum("ibk,ibl->bkl", white, white))
         before, after = torch.cat(befores), torch.cat(afters)
         warn_if_cancelled(before, after, "The posterior covariance")
         return after.unflatten(0, rows.batch_shape)
 
     def weights(self, mean: Tensor) -> GaussianWeights:
+        if self._residual_kernel is not None:
+            raise ValueError(
+                "With a residual kernel the weights are not all that is unknown: ask the GP for f instead."
+            )
+
         def rows_matmul(u: Tensor) -> Tensor:
             return self.splitting.apply_root_t(self.rows.matmul(u)).flatten(-2)
 
@@ -380,7 +423,7 @@ class _IterativePosterior(Posterior):
     def covariance(self, rows: Rows) -> Tensor:
         lead, (n, k) = rows.batch_shape[:-1], (rows.batch_shape[-1], rows.num_rows)
         covariances = [
-            self._columns(self._part(rows, slice(start, start + n)), show=True).reshape(n * k, n * k)
+            self._columns(rows.flat(slice(start, start + n)), show=True).reshape(n * k, n * k)
             for start in range(0, rows.num_examples, n)
         ]
         return torch.stack(covariances).reshape(*lead, n * k, n * k)
@@ -398,12 +441,8 @@ class _IterativePosterior(Posterior):
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         examples = tiling.progress(range(rows.num_examples), "Conjugate gradients, by example", self.progress)
-        blocks = [self._columns(self._part(rows, slice(i, i + 1)), show=False)[0, :, 0] for i in examples]
+        blocks = [self._columns(rows.flat(slice(i, i + 1)), show=False)[0, :, 0] for i in examples]
         return torch.stack(blocks).unflatten(0, rows.batch_shape)
-
-    def _part(self, rows: Rows, part: slice) -> Rows:
-        x = rows.x[part]
-        return Rows(rows.function, x, torch.Size([len(x)]))
 
     def weights(self, mean: Tensor) -> GaussianWeights:
         def rows_matmul(u: Tensor) -> Tensor:
