@@ -663,7 +663,7 @@ class LaplaceGP(ExactGP):
     # ---- state_dict: hyperparameters and weights; the data they belong to are not in it, but recognised
 
     def get_extra_state(self) -> Tensor:
-        """What a ``state_dict`` belongs to, in one tensor: a digest of data and structure, and the outputs at the data."""
+        """What a ``state_dict`` belongs to, in one tensor: a digest of data and structure, and the net's outputs."""
         lin, added = self.linearization, self._added
         loss = self.likelihood.loss
         structure = {
@@ -673,7 +673,10 @@ class LaplaceGP(ExactGP):
             "kind": [type(self).__name__, self.structure, self.features],
         }
         digest = hashlib.sha256(json.dumps(structure).encode())
-        for tensor in (self._inputs, self._labels, *((added.inputs, added.labels) if added is not None else ())):
+        data = [self._inputs, self._labels]
+        if added is not None:
+            data += [added.inputs, added.labels, *_present(added.noise)]
+        for tensor in data:
             digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         outputs = self._outputs.detach().double().flatten()
@@ -690,8 +693,8 @@ class LaplaceGP(ExactGP):
         if len(state) != len(own) or not torch.equal(state[:size].to(own), own[:size]):
             raise ValueError(
                 "This state_dict is of a GP with other training data, another loss or another structure; with it this "
-                "one would predict something else. Build the GP on the same data first, or use gpytorch_dnn2gp.save and "
-                "load, which keep the data; to take over hyperparameters alone, set prior_precision and noise."
+                "one would predict something else. Build the GP on the same data first, or use gpytorch_dnn2gp.save "
+                "and load, which keep the data; to take over hyperparameters alone, set prior_precision and noise."
             )
         net = self.linearization.net
         before = [tensor.clone() for tensor in (*net.parameters(), *net.buffers())]
@@ -716,7 +719,7 @@ class LaplaceGP(ExactGP):
 
 
 def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
-    """Where ``load_state_dict`` changed the net, outputs and sums follow; they must be those the state was taken with."""
+    """Where ``load_state_dict`` changed the net, outputs and sums follow; the outputs must be the saved ones."""
     outputs, before = gp.__dict__.pop("_loading", (None, None))
     net = gp.linearization.net
     now = (*net.parameters(), *net.buffers())
