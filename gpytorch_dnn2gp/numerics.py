@@ -102,15 +102,23 @@ def cholesky(a: Tensor, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def warn_if_inaccurate(a: Tensor, factor: Tensor, name: str, steps: int = 8) -> None:
+def warn_if_inaccurate(a: Tensor, factor: Tensor, name: str, steps: int = 8, against_identity: bool = False) -> None:
     """Warn when solves with ``a = factor factor^T`` cannot keep ``PROMISED_TOLERANCE`` in its dtype.
 
     The relative error of a solve is about ``eps * cond(a)``; the condition number is estimated from below by power
     iterations on ``a`` and on its inverse, which is sharp enough for a warning and costs a few products.
+
+    Args:
+        a: I + PSD.
+        factor: its Cholesky factor.
+        name: what the matrix is, for the warning.
+        steps: of the power iterations.
+        against_identity: the solution is subtracted from something as large as ``a`` times it, so the error is
+            ``eps * |a|``, four times that by experience, however well ``a`` is conditioned.
     """
     unit_roundoff = torch.finfo(a.dtype).eps / 2
     # A cheap upper bound first: cond <= ||a||_F as the smallest eigenvalue of I + PSD is at least one.
-    if unit_roundoff * float(torch.linalg.matrix_norm(a).max()) < PROMISED_TOLERANCE:
+    if 4 * unit_roundoff * float(torch.linalg.matrix_norm(a).max()) < PROMISED_TOLERANCE:
         return
     n = a.shape[-1]
     v = torch.cos(torch.arange(n, dtype=a.dtype, device=a.device))[:, None].expand(*a.shape[:-2], n, 1)
@@ -120,12 +128,13 @@ def warn_if_inaccurate(a: Tensor, factor: Tensor, name: str, steps: int = 8) -> 
         v = a @ (v / v.norm(dim=-2, keepdim=True))
         u = torch.cholesky_solve(u / u.norm(dim=-2, keepdim=True), factor)
         largest, smallest = v.norm(dim=(-2, -1)), u.norm(dim=(-2, -1)).reciprocal()
-    error = unit_roundoff * float((largest / smallest).max())
+    condition = float((largest if against_identity else largest / smallest).max())
+    error = (4 if against_identity else 1) * unit_roundoff * condition
     if error >= PROMISED_TOLERANCE:
+        what = "largest eigenvalue" if against_identity else "condition number"
         warnings.warn(
-            f"{name} has condition number {error / unit_roundoff:.1e}: in {a.dtype} its solves may be off by "
-            f"{min(error, 1.0):.0e} relative. Use float64 (net.double() on a copy, data.double()), or a larger prior "
-            "precision or noise.",
+            f"{name} has {what} {condition:.1e}: in {a.dtype} results may be off by {min(error, 1.0):.0e} relative. "
+            "Use float64 (net.double() on a copy, data.double()), or a larger prior precision or noise.",
             NumericalWarning,
             stacklevel=4,
         )
@@ -158,39 +167,47 @@ def warn_if_cancelled(before: Tensor, after: Tensor, name: str) -> None:
 def conjugate_gradients(
     matmul: Callable[[Tensor], Tensor], b: Tensor, name: str, tolerance: float | None = None, max_iterations: int = 2000
 ) -> Tensor:
-    """Solve ``A z = b`` for many right-hand sides at once, given products with a positive definite A.
+    """Solve ``A z = b``, ``A = I + PSD``, for many right-hand sides at once, given products with A.
 
-    Of our own, since linear_operator's counts inner products below 1e-10 as zero and so stalls at relative residuals
-    of 1e-5, and takes ten steps at least; this one also needs no copy in the other memory order.
+    It stops at ``|b - A z| <= tolerance |z|``, which bounds the relative error of z, as no eigenvalue of A is below
+    one. (A residual small against ``|b|`` says little: ``|b|`` may be as large as the largest eigenvalue times
+    ``|z|``.) Of our own, since linear_operator's counts inner products below 1e-10 as zero and so stalls, and takes
+    ten steps at least; this one also needs no copy in the other memory order.
 
     Args:
         matmul: ``(c, p) -> (c, p)``, the product of A with each row.
         b: ``(c, p)``.
-        name: what A is, for the warning.
-        tolerance: of ``|b - A z| / |b|``, for every row; by default 1e-5 in float32, 1e-11 in float64.
-        max_iterations: after which a :class:`NumericalWarning` tells the residual.
+        name: what A is, for warnings.
+        tolerance: relative error of every row; by default 1e-4 in float32, 1e-10 in float64.
+        max_iterations: after which a :class:`NumericalWarning` tells the error. One also tells of an A so large that
+            rounding in its products exceeds what is promised.
     """
     if tolerance is None:
-        tolerance = 1e-5 if b.dtype == torch.float32 else 1e-11
-    z, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+        tolerance = 1e-4 if b.dtype == torch.float32 else 1e-10
+    size = b.norm(dim=-1, keepdim=True)
+    residual = torch.where(size > 0, b / size, 0)  # squares of large numbers overflow in float32
+    z, direction = torch.zeros_like(b), residual.clone()
     squared = residual.square().sum(-1, keepdim=True)
-    target = tolerance**2 * squared
+    largest = 1.0  # eigenvalue of A, from below
     for _ in range(max_iterations):
-        if (squared <= target).all():
-            return z
+        if (squared <= tolerance**2 * z.square().sum(-1, keepdim=True)).all():
+            break
         image = matmul(direction)
-        # a row that has converged to zero residual stays where it is
+        # a row whose residual is zero stays where it is
         length = torch.where(squared > 0, squared / (direction * image).sum(-1, keepdim=True), 0)
+        largest = max(largest, float((image.norm(dim=-1) / direction.norm(dim=-1)).nan_to_num(nan=0.0).max()))
         z.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
         previous, squared = squared, residual.square().sum(-1, keepdim=True)
         direction.mul_(torch.where(previous > 0, squared / previous, 0)).add_(residual)
-    worst = float((squared / target).max().sqrt()) * tolerance
-    if worst > tolerance:
+    error = float(torch.where(squared > 0, squared / z.square().sum(-1, keepdim=True), 0).max().sqrt())
+    rounding = torch.finfo(b.dtype).eps * largest
+    if not error <= tolerance or not rounding < PROMISED_TOLERANCE:
         warnings.warn(
-            f"Conjugate gradients with {name} stopped after {max_iterations} iterations at a relative residual of "
-            f"{worst:.0e}. Use a dense solver, float64, or a larger prior precision or noise.",
+            f"Conjugate gradients with {name}, whose largest eigenvalue is at least {largest:.1e}, may be off by "
+            f"{min(max(error, rounding), 1.0):.0e} relative in {b.dtype}. Use a dense solver, float64, or a larger "
+            "prior precision or noise.",
             NumericalWarning,
             stacklevel=4,
         )
-    return z
+    return z * size
