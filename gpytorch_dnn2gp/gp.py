@@ -671,6 +671,7 @@ class LaplaceGP(ExactGP):
             "net": [lin.param_names, lin.param_sizes, lin.input_shape, str(lin.input_dtype), str(lin.dtype)],
             "groups": self.covar_module.groups.index(torch.device("cpu")).tolist(),
             "kind": [type(self).__name__, self.structure, self.features],
+            "residual_kernel": None if self.residual_kernel is None else _described(self.residual_kernel),
         }
         digest = hashlib.sha256(json.dumps(structure).encode())
         data = [self._inputs, self._labels]
@@ -716,6 +717,15 @@ class LaplaceGP(ExactGP):
         moved = self.get_fantasy_model(fn(added.inputs), fn(added.labels), noise=noise)
         self._added, self.train_inputs = moved._added, moved.train_inputs
         self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
+
+
+def _described(module: nn.Module) -> list:
+    """Classes and plain attributes (Matern's nu, say) of a module and all within it."""
+    plain = (bool, int, float, str)
+    return [
+        [name, type(part).__name__, {k: v for k, v in vars(part).items() if isinstance(v, plain) and k != "training"}]
+        for name, part in module.named_modules()
+    ]
 
 
 def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:

@@ -6,7 +6,8 @@
     sums/       what the solver took of the data, so that no Jacobian of it is formed again
     raw/        hyperparameters as they are optimised; fixed/: the others
     added/      data that the GP was conditioned on
-    check/      values of a loss that the file cannot hold, to recognise it by
+    residual/   parameters and buffers of a residual kernel
+    check/      values of a loss or residual kernel that the file cannot hold, to recognise it by
 
 The format is safetensors: nothing in a file is ever executed.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
 from gpytorch.constraints.constraints import softplus
+from gpytorch.kernels import Kernel
 from gpytorch.utils.transforms import inv_sigmoid, inv_softplus
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -116,8 +118,10 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
         tensors |= {"added/inputs": gp._added.inputs, "added/labels": gp._added.labels}
         if gp._added.noise is not None:
             tensors["added/noise"] = gp._added.noise
-    if config["loss"]["name"] is None:
-        tensors |= _fingerprint(gp)
+    config["residual_kernel"] = None if gp.residual_kernel is None else " ".join(repr(gp.residual_kernel).split())
+    if gp.residual_kernel is not None:
+        tensors |= {f"residual/{name}": tensor for name, tensor in gp.residual_kernel.state_dict().items()}
+    tensors |= _fingerprint(gp, config)
 
     packed, config["layouts"] = {}, {}
     for name, tensor in tensors.items():
@@ -125,7 +129,9 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
     _write(packed, {_KEY: json.dumps(config)}, path)
 
 
-def load(path: str | os.PathLike, net: nn.Module, loss: Loss | None = None) -> LaplaceGP:
+def load(
+    path: str | os.PathLike, net: nn.Module, loss: Loss | None = None, residual_kernel: Kernel | None = None
+) -> LaplaceGP:
     """The GP that :func:`save` wrote, predicting as it did: to the bit with the same versions, threads and machine.
 
     Args:
@@ -134,20 +140,28 @@ def load(path: str | os.PathLike, net: nn.Module, loss: Loss | None = None) -> L
             changed; the GP comes to lie on its device.
         loss: needed if the GP's loss was made by ``losses.from_callable`` or has a function for its link, which a file
             cannot hold.
+        residual_kernel: needed if the GP has one: a kernel built the same way, whose hyperparameters do not matter.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, foreign or newer than this package; the net has other parameters or computes
-            something else; the loss is missing or another one.
+            something else; the loss or the residual kernel is missing or another one.
     """
     config, tensors = _read(Path(path))
     try:
-        return _rebuild(config, tensors, net, loss, path)
+        return _rebuild(config, tensors, net, loss, residual_kernel, path)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}: it is damaged, or was not written by gpytorch_dnn2gp.save.") from error
 
 
-def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Loss | None, path) -> LaplaceGP:
+def _rebuild(
+    config: dict,
+    tensors: dict[str, Tensor],
+    net: nn.Module,
+    loss: Loss | None,
+    residual_kernel: Kernel | None,
+    path: str | os.PathLike,
+) -> LaplaceGP:
     if not isinstance(net, nn.Module):
         raise TypeError(
             f"load needs an instance of the saved net's class, {config['net']}; got {type(net).__name__}. A file holds "
@@ -158,7 +172,7 @@ def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Los
     device = torch.device("cpu") if device.type == "meta" else device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     lin = Linearization(
-        _filled(net, config, {n[len("net/") :]: t for n, t in tensors.items() if n.startswith("net/")}, path),
+        _filled(net, config, _under("net/", tensors), path),
         config["params"],
         config["input_shape"],
         None if config["input_dtype"] is None else _DTYPES[config["input_dtype"]],
@@ -179,6 +193,7 @@ def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Los
         features=config["features"],
         prior_variance=tensors.get("fixed/prior_variance"),
         temperature=float(tensors["fixed/temperature"]),
+        residual_kernel=_rebuild_residual_kernel(config, _under("residual/", tensors), residual_kernel, path),
     )
     outputs = tensors["data/outputs"]
     if not _close(gp._outputs, outputs):
@@ -197,9 +212,14 @@ def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Los
         module.register_constraint(name, constraint, replace=True)
         with torch.no_grad():
             getattr(module, name).copy_(tensors[key])
-    if config["loss"]["name"] is None:
-        _require_same_loss(gp, tensors, path)
-    sums = {name[len("sums/") :]: tensor for name, tensor in tensors.items() if name.startswith("sums/")}
+    for name, value in _fingerprint(gp, config).items():
+        if not _close(value, tensors[name]):
+            what = "residual kernel" if name == "check/residual_kernel" else f"loss {gp.loss}"
+            raise ValueError(
+                f"The {what} given to load is not the one in {path}: its "
+                f"{name.removeprefix('check/').replace('_', ' ')} at the training data differs."
+            )
+    sums = _under("sums/", tensors)
     with torch.no_grad():
         solver = gp._solver_for(gp._splitting(), sums)
     if "rows" in sums:
@@ -210,6 +230,10 @@ def _rebuild(config: dict, tensors: dict[str, Tensor], net: nn.Module, loss: Los
         return gp.condition_on(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))
     gp.train_targets = tensors["data/targets"]
     return gp
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # ---- the file
@@ -278,6 +302,15 @@ def _filled(net: nn.Module, config: dict, state: dict[str, Tensor], path) -> nn.
     if any(tensor.is_meta for tensor in _net_state(net).values()):
         net = net.to_empty(device="cpu")
     present = _net_state(net)
+    _require_same_shapes(f"The net given to load ({type(net).__name__})", present, state, config["net"], path)
+    for name, tensor in state.items():
+        present[name].data = tensor.clone()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in config["params"])
+    return net
+
+
+def _require_same_shapes(what: str, present: dict[str, Tensor], state: dict[str, Tensor], saved: str, path) -> None:
     differences = [
         *_listed("lacks", state.keys() - present.keys()),
         *_listed("has besides", present.keys() - state.keys()),
@@ -289,15 +322,7 @@ def _filled(net: nn.Module, config: dict, state: dict[str, Tensor], path) -> nn.
     ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            f"The net given to load ({type(net).__name__}) is not built as the one in {path} ({config['net']}): it "
-            f"{'; '.join(differences[:4])}{more}."
-        )
-    for name, tensor in state.items():
-        present[name].data = tensor.clone()
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in config["params"])
-    return net
+        raise ValueError(f"{what} is not built as the one in {path} ({saved}): it {'; '.join(differences[:4])}{more}.")
 
 
 def _listed(verb: str, names: Iterable[str]) -> list[str]:
@@ -339,24 +364,34 @@ def _rebuild_loss(saved: dict, loss: Loss | None, noise: Tensor | None, path) ->
     return loss if noise is None else loss.with_noise(noise)
 
 
-def _fingerprint(gp: LaplaceGP) -> dict[str, Tensor]:
-    """Values of the loss at the training outputs: a loss given again must have them too."""
-    loss, f, y = gp.loss, gp._outputs, gp._labels
+def _rebuild_residual_kernel(config: dict, state: dict[str, Tensor], kernel: Kernel | None, path) -> Kernel | None:
+    saved = config["residual_kernel"]
+    if (saved is None) != (kernel is None):
+        raise ValueError(
+            f"A residual_kernel was given, but the GP in {path} has none. Leave it out."
+            if saved is None
+            else f"The GP in {path} has a residual kernel, whose code no file can hold: give one that is built the "
+            f"same way, load(path, net, residual_kernel=...). It was {saved}"
+        )
+    if kernel is None:
+        return None
+    kernel = copy.deepcopy(kernel).to(state[next(iter(state))]) if state else copy.deepcopy(kernel)
+    _require_same_shapes("The residual kernel given to load", kernel.state_dict(), state, saved, path)
+    kernel.load_state_dict(state)
+    return kernel
+
+
+def _fingerprint(gp: LaplaceGP, config: dict) -> dict[str, Tensor]:
+    """Values at the training data of what the file cannot hold: what is given again must have them too."""
+    checks, loss, f, y = {}, gp.loss, gp._outputs, gp._labels
     with torch.no_grad():
-        return {
-            "check/negative_log_likelihood": loss.negative_log_likelihood(f, y),
-            "check/residual": loss.residual(f, y),
-            "check/noise_precision": loss.noise_precision(f, y).diagonal(dim1=-2, dim2=-1),
-        }
-
-
-def _require_same_loss(gp: LaplaceGP, tensors: dict[str, Tensor], path) -> None:
-    for name, value in _fingerprint(gp).items():
-        if not _close(value, tensors[name]):
-            raise ValueError(
-                f"The loss given to load, {gp.loss}, is not the one in {path}: its "
-                f"{name.removeprefix('check/').replace('_', ' ')} at the training data differs."
-            )
+        if config["loss"]["name"] is None:
+            checks["check/negative_log_likelihood"] = loss.negative_log_likelihood(f, y)
+            checks["check/residual"] = loss.residual(f, y)
+            checks["check/noise_precision"] = loss.noise_precision(f, y).diagonal(dim1=-2, dim2=-1)
+        if gp.residual_kernel is not None:
+            checks["check/residual_kernel"] = gp.residual_kernel(gp._inputs[:100]).to_dense()
+    return checks
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -391,6 +391,36 @@ def test_links_by_name(parametrization, link, tmp_path):
     assert repr(again(p, tmp_path / "gp").loss) == repr(loss)
 
 
+# ---- a residual kernel
+
+
+def matern(nu: float = 2.5, **kwargs) -> gpytorch.kernels.Kernel:
+    return gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=nu, **kwargs))
+
+
+@pytest.mark.parametrize("case", ["gaussian", "categorical"])
+def test_a_residual_kernel_is_given_again(case, tmp_path):
+    p = problem(case)
+    kernel = matern().double()
+    kernel.outputscale, kernel.base_kernel.lengthscale = 0.3, 0.8
+    gp = p.gp(0.7, residual_kernel=kernel)
+    said = [gp(p.x_test).mean, gp(p.x_test).covariance_matrix, gp.predict(p.x_test).variance, gp.log_evidence()]
+    dnn2gp.save(gp, tmp_path / "gp")
+    loaded = dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=matern())
+    new = [loaded(p.x_test).mean, loaded(p.x_test).covariance_matrix]
+    new += [loaded.predict(p.x_test).variance, loaded.log_evidence()]
+    assert all(torch.equal(a, b) for a, b in zip(said, new, strict=True))
+    with pytest.raises(ValueError, match=r"whose code no file can hold.*residual_kernel=...\).*Scale"):
+        dnn2gp.load(tmp_path / "gp", p.net)
+    with pytest.raises(ValueError, match="residual kernel given to load is not the one in .*: its residual kernel at"):
+        dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=matern(nu=0.5))
+    with pytest.raises(ValueError, match=r"is not built as .* has base_kernel.raw_lengthscale of shape \(1, 2\)"):
+        dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=matern(ard_num_dims=2))
+    dnn2gp.save(p.gp(0.7), tmp_path / "gp")
+    with pytest.raises(ValueError, match="given, but the GP in .* has none"):
+        dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=matern())
+
+
 # ---- what cannot be saved
 
 

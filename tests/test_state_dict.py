@@ -2,6 +2,7 @@
 
 import copy
 
+import gpytorch
 import pytest
 import torch
 from problems import CASES, F64, mlp, problem, randomized
@@ -95,6 +96,19 @@ def test_another_structure_raises(options, message):
     p = problem("gaussian")
     with pytest.raises((ValueError, RuntimeError), match=message):
         p.gp(0.7, **options).load_state_dict(p.gp(0.7).state_dict())
+
+
+def test_a_residual_kernel():
+    p, matern = problem("gaussian"), gpytorch.kernels.MaternKernel
+    gp = p.gp(0.7, residual_kernel=matern(nu=2.5))
+    said = gp(p.x_test).covariance_matrix
+    other = p.gp(0.7, residual_kernel=matern(nu=2.5, lengthscale_constraint=gpytorch.constraints.Positive()))
+    other.residual_kernel.lengthscale = 3.0
+    other.load_state_dict(gp.state_dict())
+    assert torch.equal(other(p.x_test).covariance_matrix, said)
+    for kernel in (matern(nu=0.5), gpytorch.kernels.RBFKernel(), None):
+        with pytest.raises((ValueError, RuntimeError), match="structure|keys"):
+            p.gp(0.7, residual_kernel=kernel).load_state_dict(gp.state_dict())
 
 
 def test_a_conditioned_gp_is_another_gp():
