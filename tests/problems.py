@@ -105,8 +105,8 @@ class Problem:
         )
 
     def predict(self, gp: dnn2gp.LaplaceGP, x: Tensor, **kwargs) -> dnn2gp.Prediction:
-        """Labels by the loss's default; to first order for natural parameters, whose default draws samples."""
-        approximation = "linear" if self.hand.name == "natural" else None
+        """Labels by the loss's default; to first order where that draws samples, or may warn of a rough mixture."""
+        approximation = "linear" if self.hand.name in ("natural", "poisson") else None
         return gp.predict(x, **{"approximation": approximation, **kwargs})
 
     def linearization(self, **kwargs) -> dnn2gp.Linearization:

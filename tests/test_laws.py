@@ -11,7 +11,7 @@ from problems import CASES, F64, PREDICTED, SOLVERS, covariance, evidence_gradie
 import gpytorch_dnn2gp as dnn2gp
 from gpytorch_dnn2gp import tiling
 
-few = settings(max_examples=8)
+few = settings(max_examples=12)
 
 cases = st.sampled_from(CASES)
 solvers = st.sampled_from(SOLVERS)
@@ -140,7 +140,7 @@ def test_chunk_size_changes_nothing(name, solver):
 # ---- the two sides
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(cases, st.integers(1, 12), seeds, deltas, st.booleans())
 def test_weight_space_is_function_space(name, n, seed, delta, groups):
     """n K < P and n K > P, one prior precision or one per tensor: moments, weights, evidence and its gradient."""

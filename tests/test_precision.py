@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import relative_error
 from problems import CASES, F64, PREDICTED, SOLVERS, Problem, covariance, flat_mean, problem
@@ -75,15 +75,22 @@ def test_well_conditioned(name, solver):
     assert a["covariance"].dtype == torch.float32
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
-    st.sampled_from(["gaussian", "gaussian_odd_net", "categorical", "poisson"]),
+    st.sampled_from(["gaussian", "gaussian_per_output", "gaussian_odd_net", "bernoulli", "categorical", "poisson"]),
     st.sampled_from([*SOLVERS, "auto"]),
-    st.integers(2, 40),
+    st.integers(1, 40),
     st.floats(-8, 4),
     st.floats(-4, 1),
     st.integers(0, 1000),
 )
+# Function space subtracts nearly equal vectors where the prior is wide, though its matrix may be well conditioned.
+@example("gaussian", "function_space", 2, 0.0, -2.0, 0)
+@example("gaussian_odd_net", "function_space", 4, -5.9290484427068915, -3.5259382028715294, 562)
+@example("bernoulli", "function_space", 8, -5.784390662739204, 0.0, 1000)
+# Conjugate gradients with a small residual and a large error; with squares that overflow.
+@example("gaussian", "iterative", 6, -3.6673103121967134, -3.1545819216977815, 828)
+@example("gaussian_per_output", "iterative", 17, -7.597325045016237, -3.1941749240938293, 98)
 def test_never_silently_wrong(name, solver, n, log_delta, log_sigma, seed):
     """Tiny delta, tiny sigma, few and many points: float32 agrees with float64 to 1e-3, or there was a warning."""
     p = problem(name, n=n, seed=seed)
@@ -93,7 +100,7 @@ def test_never_silently_wrong(name, solver, n, log_delta, log_sigma, seed):
 
 
 @pytest.mark.parametrize(
-    ("solver", "repeat"), [("weight_space", 1), ("weight_space", 5), ("function_space", 5), ("iterative", 3)]
+    ("solver", "repeat"), [("weight_space", 1), ("weight_space", 5), ("function_space", 1), ("function_space", 5)]
 )
 def test_never_silently_wrong_on_purpose(solver, repeat):
     """Interpolation: delta = 1e-8, sigma = 1e-4, the same inputs several times."""
