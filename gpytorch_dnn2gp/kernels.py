@@ -3,30 +3,29 @@
     k(x, x') = J(x) S0 J(x')^T     JacobianKernel, (n K, n' K), outputs fastest (paper eq. 9; the NTK at w* for S0 = I)
     c(x)     = f_w*(x) - J(x) w*   NetworkMean, the prior mean in output form
 
-The kernel owns ``prior_precision``: one delta, or one per group of weights.
+The kernel owns ``prior_precision``: one delta, or one per group of weights. With it come the two things that make it
+fast in a user's own ``ExactGP``: Jacobians are kept, and the posterior is taken on the smaller side (operators.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import gpytorch
 import torch
 from gpytorch.constraints import Interval, Positive
 from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
+from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 from gpytorch.priors import Prior as HyperPrior
 from linear_operator import to_linear_operator
-from linear_operator.operators import (
-    LinearOperator,
-    LowRankRootLinearOperator,
-    MatmulLinearOperator,
-    RootLinearOperator,
-)
+from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
 from torch import Tensor, nn
 
 from . import tiling
 from .linearize import Linearization
 from .numerics import require_finite, require_like, require_positive
+from .operators import FeatureGram, NoisyFeatureGram
 from .weights import Prior, WeightGroups, weight_groups
 
 
@@ -53,6 +52,121 @@ class _PriorStructure(nn.Module):
         self.groups = groups
         self.register_buffer("group_index", groups.index(device), persistent=False)
         self.register_buffer("base_variance", base_variance)
+
+
+class _Jacobians:
+    """The Jacobians of the last inputs asked for, so that neither a new prior precision nor a prediction repeats them.
+
+    Found by equality of inputs and net; left out where the inputs have a gradient, or where they take much memory.
+    Copies, pickles and moves of the kernel start empty.
+    """
+
+    SIZE = 2  # training and test inputs
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._net: list[Tensor] = []
+        self._entries: list[tuple[Tensor, Tensor]] = []
+
+    def __deepcopy__(self, memo: dict) -> _Jacobians:
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def __call__(self, lin: Linearization, x: Tensor) -> Tensor:
+        """``J(x)``, ``(..., n, K, P)``; without batch dimensions where all elements of a batch are the same."""
+        if x.dim() < 2 or (x.requires_grad and torch.is_grad_enabled()):
+            return lin.jacobian(x)
+        self._require_same(lin.net)
+        if x.dim() > 2 and x.numel() > 0:
+            first = x.reshape(-1, *x.shape[-2:])[0]  # GPyTorch repeats the training inputs for each batch of tests
+            x = first if torch.equal(x, first.expand_as(x)) else x
+        for i, (known, rows) in enumerate(self._entries):
+            if torch.equal(known, x):
+                self._entries.insert(0, self._entries.pop(i))
+                return rows
+        rows = self._extended(lin, x)
+        if not torch.is_inference_mode_enabled() and tiling.cache_fits(rows.numel(), rows.dtype, rows.device):
+            self._entries = [(x.detach().clone(), rows.detach()), *self._entries][: self.SIZE]
+        return rows
+
+    def _extended(self, lin: Linearization, x: Tensor) -> Tensor:
+        """``J(x)``; only the rows that are new where ``x`` begins with known inputs, as after conditioning."""
+        for known, rows in self._entries:
+            n = len(known)
+            if known.dim() != 2 or not 0 < n < x.shape[-2] or known.shape[-1] != x.shape[-1]:
+                continue
+            if torch.equal(known.expand(*x.shape[:-2], -1, -1), x[..., :n, :]):
+                new = lin.jacobian(x[..., n:, :])
+                return torch.cat([rows.expand(*new.shape[:-3], *rows.shape), new], -3)
+        return lin.jacobian(x)
+
+    def _require_same(self, net: nn.Module) -> None:
+        """Start afresh if the net has changed, as by ``load_state_dict``."""
+        now = [*net.parameters(), *net.buffers()]
+        same = len(now) == len(self._net) and all(
+            a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, self._net)
+        )
+        if not same:
+            self.clear()
+            self._net = [tensor.detach().clone() for tensor in now]
+
+
+class WeightSpaceStrategy(DefaultPredictionStrategy):
+    """Posterior of a :class:`JacobianKernel` in the user's own ``ExactGP``, on the smaller side of :mod:`operators`.
+
+    For one output and several, in closed form whatever GPyTorch's settings are. Covariances are returned dense, since
+    BoTorch's samplers break on a low-rank root. What it does not know (a kernel too large for its features, missing
+    targets) goes GPyTorch's own way.
+    """
+
+    def exact_prediction(
+        self, test_mean: Tensor, test_test_covar: LinearOperator, test_train_covar: LinearOperator
+    ) -> tuple[Tensor, LinearOperator]:
+        """Mean ``(..., m K)`` and covariance ``(..., m K, m K)``."""
+        test = to_linear_operator(test_test_covar).evaluate_kernel()
+        given = self._given()
+        if given is None or not isinstance(test, FeatureGram):
+            return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
+        train, weights = given
+        mean = test_mean + (test.root @ weights).squeeze(-1)
+        if gpytorch.settings.skip_posterior_variances.on():
+            return mean, ZeroLinearOperator(*test.shape, dtype=mean.dtype, device=mean.device)
+        return mean, to_linear_operator(train.conditional_gram(test.root))
+
+    def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):
+        """With more data: taken afresh, as by GPyTorch's strategy for linear kernels; Jacobians of old data are kept.
+
+        GPyTorch's update by rows cannot add several points with several outputs.
+        """
+        places = {}
+        if "noise" in kwargs and getattr(self.likelihood, "keeps_inputs", False):
+            places = {"inputs": inputs[0], "train_inputs": self.train_inputs[0]}
+        return type(self)(
+            train_inputs=full_inputs,
+            train_prior_dist=self.train_prior_dist.__class__(full_output.mean, full_output.lazy_covariance_matrix),
+            train_labels=full_targets,
+            likelihood=self.likelihood.get_fantasy_likelihood(**kwargs, **places),
+        )
+
+    def _given(self) -> tuple[NoisyFeatureGram, Tensor] | None:
+        """Train covariance and posterior mean of the weights, ``(..., P, 1)``; kept unless caches carry gradients."""
+        detach = gpytorch.settings.detach_test_caches.on()
+        if detach and hasattr(self, "_kept"):
+            return self._kept
+        train = self.lik_train_train_covar.evaluate_kernel()
+        given = None
+        if isinstance(train, NoisyFeatureGram) and gpytorch.settings.observation_nan_policy.value() == "ignore":
+            train = train.detach() if detach else train
+            residual = (self.train_labels - self.train_prior_dist.loc).unsqueeze(-1)
+            given = train, train.weights(residual.detach() if detach else residual)
+        if detach:
+            self._kept = given
+        return given
 
 
 class JacobianKernel(Kernel):
@@ -110,6 +224,7 @@ class JacobianKernel(Kernel):
             require_positive(prior_variance, "prior_variance")
             prior_variance = prior_variance.detach().clone()
         self.structure = _PriorStructure(partition, prior_variance, lin.device)
+        self._jacobians = _Jacobians()
 
         raw = torch.zeros(*batch_shape, len(partition), dtype=lin.dtype, device=lin.device)
         self.register_parameter("raw_prior_precision", nn.Parameter(raw))
@@ -118,8 +233,8 @@ class JacobianKernel(Kernel):
             self.register_prior(
                 "prior_precision_prior",
                 prior_precision_prior,
-                lambda module: module.prior_precision,
-                lambda module, value: module._set_prior_precision(value),
+                _prior_precision_of,
+                _set_prior_precision_of,
             )
         self.prior_precision = delta
 
@@ -176,7 +291,9 @@ class JacobianKernel(Kernel):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """phi, ``(*batch, n, K, P)``, with ``k(x, x') = phi(x) phi(x')^T``."""
-        return self.linearization.jacobian(x) * self.prior_variance.sqrt()[..., None, None, :]
+        phi = self._jacobians(self.linearization, x) * self.prior_variance.sqrt()[..., None, None, :]
+        batch_shape = torch.broadcast_shapes(phi.shape[:-3], x.shape[:-2])
+        return phi.expand(*batch_shape, *phi.shape[-3:])
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
@@ -184,21 +301,34 @@ class JacobianKernel(Kernel):
         """See ``gpytorch.kernels.Kernel.forward``."""
         if last_dim_is_batch:
             raise RuntimeError("JacobianKernel does not accept last_dim_is_batch: a net reads all dimensions at once.")
-        same = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
+        lin, same = self.linearization, x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
+        num_rows = self.num_outputs_per_input(x1, x2) * (x1.shape[:-1].numel() + x2.shape[:-1].numel())
+        small = bool(self.batch_shape) or tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
         if diag:
+            if same and not small:
+                return lin.gram_blocks(x1, self.prior_variance).diagonal(dim1=-2, dim2=-1).flatten(-2)
             phi1 = self.feature_map(x1)
-            phi2 = phi1 if same else self.feature_map(x2)
-            return (phi1 * phi2).sum(-1).flatten(-2)
-        k, p = self.num_outputs_per_input(x1, x2), self.linearization.num_weights
-        elements = p * k * (x1.shape[:-1].numel() + x2.shape[:-1].numel())
-        if not self.batch_shape and not tiling.fits(elements, self.linearization.dtype, x1.device):
-            variance = self.prior_variance
-            return to_linear_operator(self.linearization.gram(x1, None if same else x2, prior_variance=variance))
+            return (phi1 * (phi1 if same else self.feature_map(x2))).sum(-1).flatten(-2)
+        if not small:
+            return to_linear_operator(lin.gram(x1, None if same else x2, prior_variance=self.prior_variance))
         phi1 = self.feature_map(x1).flatten(-3, -2)
-        if same:
-            low_rank = phi1.shape[-1] < phi1.shape[-2]
-            return LowRankRootLinearOperator(phi1) if low_rank else RootLinearOperator(phi1)
-        return MatmulLinearOperator(phi1, self.feature_map(x2).flatten(-3, -2).mT)
+        return FeatureGram(phi1) if same else MatmulLinearOperator(phi1, self.feature_map(x2).flatten(-3, -2).mT)
+
+    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> WeightSpaceStrategy:
+        """How GPyTorch's ``ExactGP`` conditions on data."""
+        return WeightSpaceStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
+
+    def _apply(self, fn, *args, **kwargs):
+        self._jacobians.clear()
+        return super()._apply(fn, *args, **kwargs)
+
+
+def _prior_precision_of(kernel: JacobianKernel) -> Tensor:
+    return kernel.prior_precision
+
+
+def _set_prior_precision_of(kernel: JacobianKernel, value: Tensor) -> None:
+    kernel.prior_precision = value
 
 
 class NetworkMean(Mean):
