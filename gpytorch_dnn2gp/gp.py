@@ -27,7 +27,7 @@ from linear_operator.operators import KroneckerProductLinearOperator, ZeroLinear
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from . import dual, solvers
+from . import dual, solvers, tiling
 from .conditioning import Conditioned, condition
 from .from_torch import collect, translate_loss
 from .kernels import JacobianKernel, NetworkMean, as_linearization
@@ -35,6 +35,7 @@ from .laplace import FEATURES, Splitting
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization, Rows
 from .losses import Loss
+from .numerics import require_finite
 from .predictive import predictive
 from .weights import GaussianWeights, Prior
 
@@ -190,7 +191,7 @@ class LaplaceGP(ExactGP):
                     "'auto' or 'function_space'."
                 )
             solver = "function_space"
-        if input_shape is None and not isinstance(net, Linearization) and train_x.dim() > 2:
+        if input_shape is None and not isinstance(net, Linearization) and getattr(train_x, "ndim", 0) > 2:
             input_shape = train_x.shape[1:]
         lin = as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
         super().__init__(None, None, GGNLikelihood(loss, lin, temperature=temperature))
@@ -211,6 +212,7 @@ class LaplaceGP(ExactGP):
         f = lin(x).detach()
         if len(f) == 0:
             raise ValueError("There are no training examples.")
+        require_finite(f, "The net's output at the training inputs", "Scale the inputs as in training.")
         labels = loss.check_labels(y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
         self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
         self._inputs, self._labels, self._outputs = x, labels, f
@@ -651,6 +653,14 @@ class LaplaceGP(ExactGP):
             return ZeroLinearOperator(
                 *rows.batch_shape[:-1], size, size, dtype=self._outputs.dtype, device=self._outputs.device
             )
+        m, k = rows.batch_shape[-1], self.num_outputs
+        tiling.require_memory(
+            3 * rows.batch_shape[:-1].numel() * (m * k) ** 2,
+            self._outputs.dtype,
+            self._outputs.device,
+            f"The joint covariance of {m} points x {k} outputs, with the work on it,",
+            "Use gp.predict(x), which needs one K x K block for each point, or ask for fewer points at once.",
+        )
         return self.posterior().covariance(rows)
 
     def _distribution(self, mean: Tensor, covariance) -> MultivariateNormal:

@@ -87,7 +87,14 @@ class NetFunction:
 
     def __call__(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Outputs ``(n, K)`` at inputs ``(n, *input_shape)``; a net that returns ``(n,)`` has one output."""
-        out = functional_call(self.net, weights, (x,))
+        try:
+            out = functional_call(self.net, weights, (x,))
+        except Exception as error:
+            error.add_note(
+                f"The net itself raised this, at inputs of shape {tuple(x.shape)} and {x.dtype}. Images and sequences "
+                "want input_shape=, token ids input_dtype=torch.long."
+            )
+            raise
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"The net returned {type(out).__name__}, not a tensor. Wrap it in a module that returns its outputs "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import gram as _gram
 from . import tiling
 from .jacobians import NetFunction
-from .numerics import require_finite
+from .numerics import first_index, require_finite
 
 
 class Linearization(nn.Module):
@@ -154,20 +154,21 @@ class Linearization(nn.Module):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """Check inputs and give them the net's shape: ``(N, *input_shape)`` and the shape ``(..., n)`` they had."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"Inputs must be a tensor; got {type(x).__name__}.")
+        _require_tensor(x)
+        if x.device != self.device:
+            raise ValueError(f"Inputs are on {x.device} but the net is on {self.device}. Move one of them.")
+        require_finite(x, "x", "Remove or impute these rows first.")
         if x.dim() <= 1:
             x = x.reshape(-1, 1)
         x, batch_shape = self._reshape(x)
         x = self._cast(x)
-        if x.device != self.device:
-            raise ValueError(f"Inputs are on {x.device} but the net is on {self.device}. Move one of them.")
         if not self._checked and len(x) > 0:
             self._check_net(x.detach())
         return x, batch_shape
 
     def flatten_inputs(self, x: Tensor) -> Tensor:
         """Inputs as GPyTorch wants them, ``(..., n, d)`` floats."""
+        _require_tensor(x)
         if x.dim() <= 1:
             x = x.reshape(-1, 1)
         if (
@@ -200,11 +201,9 @@ class Linearization(nn.Module):
                 )
             if x.dtype != self.dtype:
                 raise ValueError(f"Inputs are {x.dtype} but the net is {self.dtype}. Convert one of them.")
-            require_finite(x, "x")
             return x
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"Integer inputs (input_dtype={self.input_dtype}) have no gradient; detach x.")
-        require_finite(x, "x")
         tokens = x.to(self.input_dtype)
         if x.is_floating_point() and not torch.equal(tokens.to(x.dtype), x):
             index = tuple(int(i) for i in (tokens.to(x.dtype) != x).nonzero()[0])
@@ -222,14 +221,16 @@ class Linearization(nn.Module):
         if bad.any():
             index = tuple(int(i) for i in bad.nonzero()[0])
             raise ValueError(
-                f"Token id {int(tokens[index])} at index {index} is outside the net's embedding, 0..{max(sizes) - 1}."
+                f"Token id {int(tokens[index])} at index {index} is outside the net's embedding, 0..{max(sizes) - 1}. "
+                "Map unknown tokens to an id that the net knows."
             )
 
     # ---- is it a function of one example?
 
     @torch.no_grad()
     def _check_net(self, x: Tensor) -> None:
-        """One row per example, no randomness, no influence of other examples; once, on at most two examples."""
+        """One row per example, no randomness, no influence of another example; once, on two examples."""
+        both = torch.cat([x[:1], _another_example(x)])
         last: list[str] = []
         handles = [
             module.register_forward_hook(lambda *_, name=name: last.append(name))
@@ -239,14 +240,14 @@ class Linearization(nn.Module):
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices):
-                pair, again = self.function.outputs(x[:2]), self.function.outputs(x[:2])
+                pair, again = self.function.outputs(both), self.function.outputs(both)
                 alone = self.function.outputs(x[:1])
         finally:
             for handle in handles:
                 handle.remove()
-        require_finite(pair, "The net's output")
-        tolerance = 10 * math.sqrt(torch.finfo(self.dtype).eps) * (1 + pair.abs().max())
-        if (pair - again).abs().max() > tolerance:
+        require_finite(alone, "The net's output for the first example", "Scale the inputs as in training.")
+        tolerance = 10 * math.sqrt(torch.finfo(self.dtype).eps) * (1 + alone.abs().max())
+        if (pair[:1] - again[:1]).abs().max() > tolerance:
             raise ValueError(
                 "The net gives different outputs for the same input in eval mode. Remove what is random in it "
                 "(functional dropout without training=self.training, sampling)."
@@ -387,6 +388,19 @@ class Rows:
         return torch.cat([rows @ block.flatten(0, 1).mT for _, block in self.blocks()], dim=-1)
 
 
+def _require_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"Inputs must be a tensor; got {type(x).__name__}. torch.as_tensor makes one.")
+
+
+def _another_example(x: Tensor) -> Tensor:
+    """An example other than the first of ``x``, ``(1, *input_shape)``: one of the first thousand, or made up."""
+    differs = (x[:1000] != x[:1]).flatten(1).any(1)
+    if differs.any():
+        return x[first_index(differs)][None]
+    return x[:1] + 1 if x.is_floating_point() else x[:1].flip(-1)
+
+
 # ---- the net
 
 
@@ -428,8 +442,11 @@ def _require_usable(net: nn.Module) -> None:
         raise ValueError(f"The net is {dtypes.pop()}; float32 or float64 is needed, e.g. copy.deepcopy(net).float().")
     if len({parameter.device for parameter in net.parameters()}) > 1:
         raise ValueError("The net's parameters are on several devices. Move them to one.")
-    for name, parameter in net.named_parameters():
-        require_finite(parameter.detach(), f"The net's parameter '{name}'")
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise ValueError("The net is on the meta device, where weights have no values. Load them first.")
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        require_finite(tensor.detach(), f"The net's {kind} '{name}'", "Its training has diverged: train it anew.")
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(

@@ -28,27 +28,26 @@ def first_index(mask: Tensor) -> int | tuple[int, ...]:
     return index[0] if len(index) == 1 else index
 
 
-def require_finite(tensor: Tensor, name: str) -> None:
-    """Raise a ``ValueError`` that names the first NaN or infinite entry of ``tensor``."""
+def require_finite(tensor: Tensor, name: str, cure: str = "") -> None:
+    """Raise a ``ValueError`` that names the first NaN or infinite entry of ``tensor``, and the ``cure``."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     bad = ~torch.isfinite(tensor)
     if bad.any():
         index = first_index(bad)
         raise ValueError(
-            f"{name} has {int(bad.sum())} entries that are NaN or infinite, first {float(tensor[index])} at index "
-            f"{index}. Remove or impute these rows first."
+            f"{name} has {int(bad.sum())} of {tensor.numel()} entries NaN or infinite, first {float(tensor[index])} at "
+            f"index {index}. {cure}".rstrip()
         )
 
 
 def require_positive(tensor: Tensor, name: str) -> None:
     """Raise a ``ValueError`` unless every entry is finite and larger than zero."""
-    require_finite(tensor, name)
-    bad = ~(tensor > 0)
+    bad = ~((tensor > 0) & torch.isfinite(tensor))
     if bad.any():
         index = first_index(bad)
         at = f" at index {index}" if index != () else ""
-        raise ValueError(f"{name} must be positive; got {float(tensor[index])}{at}.")
+        raise ValueError(f"{name} must be positive and finite; got {float(tensor[index])}{at}.")
 
 
 def require_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:

@@ -84,7 +84,7 @@ def fit(
     require_positive(delta, "prior_precision")
     partition = weight_groups(names, [w.numel() for w in weights], groups, delta.numel())
     precision = delta.reshape(-1).expand(len(partition))[partition.index(weights[0].device)]
-    require_finite(x, "x")
+    require_finite(x, "x", "Remove or impute these rows first.")
     was_training = net.training
     try:
         net.eval()
