@@ -216,6 +216,8 @@ class LaplaceGP(ExactGP):
         labels = loss.check_labels(y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
         self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
         self._inputs, self._labels, self._outputs = x, labels, f
+        if self.likelihood.per_example_noise:
+            self.likelihood.train_inputs = x  # whose noise it is
         self._added: _Added | None = None
         self._clear_solver()
 
@@ -713,6 +715,9 @@ class LaplaceGP(ExactGP):
 
     def _apply(self, fn):
         # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
+        dtype = fn(self._inputs[:0]).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         result = super()._apply(fn)
         self._renew(fn)
         return result

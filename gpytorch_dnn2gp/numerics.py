@@ -36,7 +36,7 @@ def require_finite(tensor: Tensor, name: str, cure: str = "") -> None:
     if bad.any():
         index = first_index(bad)
         raise ValueError(
-            f"{name} has {int(bad.sum())} of {tensor.numel()} entries NaN or infinite, first {float(tensor[index])} at "
+            f"{name} has {int(bad.sum())} entries that are NaN or infinite, first {float(tensor[index])} at "
             f"index {index}. {cure}".rstrip()
         )
 

@@ -66,7 +66,7 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
             rounding.
 
     Raises:
-        TypeError, ValueError: what cannot be saved faithfully: another model, half precision, a constraint of your own.
+        TypeError, ValueError: what cannot be saved faithfully: another model, a constraint of your own.
     """
     if type(gp) is not LaplaceGP:
         raise TypeError(f"save writes a LaplaceGP; got {type(gp).__name__}.")
@@ -74,8 +74,6 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"Cannot write {path}: " + ("it is a folder." if path.is_dir() else "no such folder."))
     lin, kernel, likelihood = gp.linearization, gp.covar_module, gp.likelihood
-    if lin.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"The GP is {lin.dtype}, too coarse for its algebra: save it before .half(), in float32.")
     net = lin.net
     config = {
         "format": FORMAT,

@@ -371,13 +371,25 @@ class _IterativePosterior(Posterior):
         self.rows, self.splitting, self.progress = solver.rows, splitting, solver.progress
         self.variance = prior.variance
         self.scale = self.variance.sqrt()
-        g = self.rows.rmatmul(splitting.v) + solver.w / self.variance
-        self._step = self._solve(g[None])[0]
-        self.newton_decrement = g @ self._step
+        self._w = solver.w
+        self._solution: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """``Sigma g`` and ``g^T Sigma g``, when first asked for."""
+        if self._solution is None:
+            g = self.rows.rmatmul(self.splitting.v) + self._w / self.variance
+            step = self._solve(g[None])[0]
+            self._solution = step, g @ step
+        return self._solution
 
     @property
     def step(self) -> Tensor:
-        return self._step
+        return self._solved()[0]
+
+    @property
+    def newton_decrement(self) -> Tensor:
+        return self._solved()[1]
 
     @property
     def log_det(self) -> Tensor:

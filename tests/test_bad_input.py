@@ -1,0 +1,650 @@
+"""Every row of the table "What is refused" in docs/gotchas.md: the error and its message, before any long work."""
+
+import copy
+import re
+from pathlib import Path
+
+import gpytorch
+import numpy as np
+import pytest
+import torch
+from problems import F64, TokenNet, log_cosh, mlp, problem, randomized
+from safetensors.torch import save_file
+from test_serialization import rewritten
+from torch import nn
+
+import gpytorch_dnn2gp as dnn2gp
+from gpytorch_dnn2gp.jacobians import NetFunction
+from gpytorch_dnn2gp.losses import Bernoulli, Categorical, Gaussian, Poisson, from_callable
+from gpytorch_dnn2gp.tiling import memory_limit
+
+GOTCHAS = Path(__file__).parent.parent / "docs" / "gotchas.md"
+CASES = {}  # what is given -> how
+
+
+def case(given: str):
+    def register(fn):
+        assert given not in CASES
+        CASES[given] = fn
+        return fn
+
+    return register
+
+
+# ---- what is varied: six examples of two numbers; one output, or three
+
+
+def regression(net=None, x=None, y=None, sigma=0.3, **options) -> dnn2gp.LaplaceGP:
+    p = problem("gaussian")
+    loss = options.pop("loss", None) or Gaussian(sigma)
+    x, y = p.x if x is None else x, p.y if y is None else y
+    return dnn2gp.LaplaceGP(p.net if net is None else net, x, y, loss, **options)
+
+
+def classes(y=None, net=None, x=None) -> dnn2gp.LaplaceGP:
+    p = problem("categorical")
+    net, x = p.net if net is None else net, p.x if x is None else x
+    return dnn2gp.LaplaceGP(net, x, p.y if y is None else y, Categorical())
+
+
+def tokens(x, **options) -> dnn2gp.LaplaceGP:
+    p = problem("categorical_tokens")
+    return dnn2gp.LaplaceGP(p.net, x, p.y, Categorical(), **options)
+
+
+def with_entry(tensor: torch.Tensor, index, value) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+class Flawed(nn.Module):
+    """A usable net, with a flaw put on its output."""
+
+    def __init__(self, flaw) -> None:
+        super().__init__()
+        self.body, self.flaw = randomized(mlp(), 0), flaw
+
+    def forward(self, x):
+        return self.flaw(self.body(x))
+
+
+# ---- data
+
+X, Y = problem("gaussian").x, problem("gaussian").y
+
+
+@case("NaN or infinity in the inputs")
+def _(tmp):
+    regression(x=with_entry(X, (3, 1), torch.nan))
+
+
+@case("infinity in new inputs")
+def _(tmp):
+    regression().predict(with_entry(X, (4, 0), -torch.inf))
+
+
+@case("NaN in new inputs, asked for f")
+def _(tmp):
+    regression()(with_entry(X[None].repeat(2, 1, 1), (1, 4, 0), torch.nan))
+
+
+@case("NaN or infinity in the labels")
+def _(tmp):
+    regression(y=with_entry(Y, (2, 0), torch.nan))
+
+
+@case("NaN in labels of a loss of one's own")
+def _(tmp):
+    regression(y=with_entry(Y, (5, 0), torch.inf), loss=from_callable(log_cosh))
+
+
+@case("a class number outside 0..K-1")
+def _(tmp):
+    classes(torch.tensor([0, 1, 2, 0, 3, 1]))
+
+
+@case("a class number that means ignore")
+def _(tmp):
+    classes(torch.tensor([0, -100, 2, 0, 1, 1]))
+
+
+@case("float labels where classes are meant")
+def _(tmp):
+    classes(torch.tensor([0.0, 1, 2, 0, 1, 1], dtype=F64))
+
+
+@case("soft labels that do not sum to one")
+def _(tmp):
+    classes(with_entry(torch.full((6, 3), 1 / 3, dtype=F64), (1, 0), 0.5))
+
+
+@case("a label other than 0 and 1 for Bernoulli")
+def _(tmp):
+    regression(y=with_entry(torch.zeros(6, 1, dtype=F64), (3, 0), -1.0), loss=Bernoulli())
+
+
+@case("a fraction where counts are meant")
+def _(tmp):
+    regression(y=with_entry(torch.ones(6, 1, dtype=F64), (3, 0), 1.5), loss=Poisson())
+
+
+@case("another number of labels than of inputs")
+def _(tmp):
+    regression(y=Y[:5])
+
+
+@case("labels of one column for a net of several outputs")
+def _(tmp):
+    regression(net=randomized(mlp(num_outputs=2), 0), y=Y[:, 0])
+
+
+@case("new labels that do not fit the new inputs")
+def _(tmp):
+    regression().condition_on(X[:3], Y[:2])
+
+
+@case("inputs of another width than the net's")
+def _(tmp):
+    regression(x=X[:, :1])
+
+
+@case("images that do not fit `input_shape`")
+def _(tmp):
+    p = problem("categorical_images")
+    dnn2gp.LaplaceGP(p.net, p.x[:, :35], p.y, Categorical(), input_shape=(1, 6, 6))
+
+
+@case("no examples")
+def _(tmp):
+    regression(x=X[:0], y=Y[:0])
+
+
+@case("arrays or lists instead of tensors")
+def _(tmp):
+    regression(x=X.numpy())
+
+
+@case("labels that are no tensor")
+def _(tmp):
+    regression(y=np.zeros((6, 1)))
+
+
+@case("a loss of torch's")
+def _(tmp):
+    dnn2gp.LaplaceGP(mlp().double(), X, Y, nn.MSELoss())
+
+
+# ---- nets
+
+
+@case("NaN or infinity in the weights")
+def _(tmp):
+    net = mlp().double()
+    with torch.no_grad():
+        net[0].weight[2, 1] = torch.inf
+    regression(net=net)
+
+
+@case("NaN or infinity in a buffer")
+def _(tmp):
+    net = nn.Sequential(mlp(), nn.BatchNorm1d(1)).double()
+    net[1].running_var[0] = torch.nan
+    regression(net=net)
+
+
+@case("a net whose output is infinite")
+def _(tmp):
+    regression(net=Flawed(lambda f: f / (f - f)))
+
+
+@case("a net whose output is infinite somewhere")
+def _(tmp):
+    regression(net=nn.Sequential(nn.Linear(2, 1), InfiniteAt(X[3])).double())
+
+
+class InfiniteAt(nn.Module):
+    def __init__(self, x) -> None:
+        super().__init__()
+        self.x = x
+        self.register_forward_pre_hook(lambda *_: None)
+
+    def forward(self, f):
+        where = torch.arange(len(f))[:, None] == 3
+        return torch.where(where & (len(f) == 6), torch.inf, f)
+
+
+@case("BatchNorm without running statistics")
+def _(tmp):
+    regression(net=nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, track_running_stats=False)).double())
+
+
+@case("outputs that depend on the other examples")
+def _(tmp):
+    regression(net=Flawed(lambda f: f - f.mean(0)))
+
+
+@case("the same, with one training example")
+def _(tmp):
+    regression(net=Flawed(lambda f: f - f.mean(0)), x=X[:1], y=Y[:1])
+
+
+@case("outputs that are random in eval mode")
+def _(tmp):
+    regression(net=Flawed(lambda f: nn.functional.dropout(f + 5, 0.5) + torch.randn_like(f)))
+
+
+@case("several outputs in a tuple")
+def _(tmp):
+    regression(net=Flawed(lambda f: (f, f)))
+
+
+@case("outputs with more than two dimensions")
+def _(tmp):
+    regression(net=Flawed(lambda f: f[:, None]))
+
+
+@case("a function instead of a module")
+def _(tmp):
+    regression(net=torch.sin)
+
+
+@case("a net that is frozen as a whole")
+def _(tmp):
+    regression(net=mlp().double().requires_grad_(False))
+
+
+@case("an empty selection of parameters")
+def _(tmp):
+    regression(params=[])
+
+
+@case("parameters that do not exist")
+def _(tmp):
+    regression(params=["head"])
+
+
+@case("a last layer that is not the last to run")
+def _(tmp):
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 1), nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)))
+
+    regression(net=Swapped().double(), params="last_layer")
+
+
+# ---- types and devices
+
+
+@case("integer inputs without `input_dtype`")
+def _(tmp):
+    tokens(torch.zeros(6, 4, dtype=torch.long))
+
+
+@case("a token id out of range")
+def _(tmp):
+    tokens(with_entry(torch.zeros(6, 4, dtype=torch.long), (2, 3), 7), input_dtype=torch.long)
+
+
+@case("a token id that is no whole number")
+def _(tmp):
+    gp = tokens(problem("categorical_tokens").x, input_dtype=torch.long)
+    gp.predict(with_entry(torch.zeros(6, 4, dtype=F64), (1, 2), 0.5))
+
+
+@case("a gradient in token ids")
+def _(tmp):
+    tokens(problem("categorical_tokens").x, input_dtype=torch.long)(torch.zeros(2, 4, dtype=F64, requires_grad=True))
+
+
+@case("a net in half precision")
+def _(tmp):
+    regression(net=mlp().half(), x=X.half(), y=Y.half())
+
+
+@case("a GP turned to half precision")
+def _(tmp):
+    regression().bfloat16()
+
+
+@case("inputs in half precision")
+def _(tmp):
+    regression(x=X.half())
+
+
+@case("inputs of another dtype than the net's")
+def _(tmp):
+    regression().predict(X.float())
+
+
+@case("labels of another dtype than the net's")
+def _(tmp):
+    regression(y=Y.float())
+
+
+@case("a net of several dtypes")
+def _(tmp):
+    regression(net=nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1).double()))
+
+
+@case("inputs on another device than the net's")
+def _(tmp):
+    regression(x=X.to("meta"))
+
+
+@case("labels on another device than the net's")
+def _(tmp):
+    regression(y=Y.to("meta"))
+
+
+@case("a net on several devices")
+def _(tmp):
+    regression(net=nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1, device="meta")).double())
+
+
+@case("a net without values")
+def _(tmp):
+    with torch.device("meta"):
+        net = mlp().double()
+    regression(net=net)
+
+
+# ---- hyperparameters
+
+
+@case("sigma that is not positive")
+def _(tmp):
+    regression(sigma=0.0)
+
+
+@case("one sigma of several that is not positive")
+def _(tmp):
+    regression(sigma=torch.tensor([0.3, -0.1]))
+
+
+@case("sigma in another shape than outputs or examples")
+def _(tmp):
+    regression(sigma=torch.tensor([0.3, 0.1]))
+
+
+@case("noise set to what is not positive")
+def _(tmp):
+    regression().noise = -0.5
+
+
+@case("noise set for a loss that has none")
+def _(tmp):
+    classes().noise = 0.5
+
+
+@case("a prior precision that is not positive")
+def _(tmp):
+    regression(prior_precision=0.0)
+
+
+@case("one prior precision of several that is not finite")
+def _(tmp):
+    regression(prior_precision=[1.0, 1.0, torch.nan, 1.0])
+
+
+@case("a prior precision set to what is not positive")
+def _(tmp):
+    regression().prior_precision = -1.0
+
+
+@case("another number of prior precisions than of groups")
+def _(tmp):
+    regression(prior_precision=[1.0, 2.0, 3.0], groups=["0", "2"])
+
+
+@case("groups that leave parameters out")
+def _(tmp):
+    regression(groups=["0"])
+
+
+@case("a temperature that is not positive")
+def _(tmp):
+    regression(temperature=0.0)
+
+
+@case("no weight decay")
+def _(tmp):
+    dnn2gp.LaplaceGP.from_training(mlp().double(), (X, Y), nn.MSELoss(), weight_decay=0.0, sigma=1.0)
+
+
+# ---- memory
+
+
+def large(**options) -> dnn2gp.LaplaceGP:
+    """A thousand weights, 200 examples."""
+    net = randomized(mlp(width=250), 0)
+    return dnn2gp.LaplaceGP(net, torch.randn(200, 2, dtype=F64), torch.randn(200, 1, dtype=F64), Gaussian(), **options)
+
+
+@case("P too large for the weight-space solver")
+def _(tmp):
+    gp = large(solver="weight_space")
+    with memory_limit(10_000_000), no_jacobians():
+        gp.log_evidence()
+
+
+@case("n K too large for the function-space solver")
+def _(tmp):
+    gp = large(solver="function_space")
+    with memory_limit(2_000_000), no_jacobians():
+        gp.predict(X)
+
+
+@case("evidence where neither side fits")
+def _(tmp):
+    gp = large()
+    with memory_limit(500_000), no_jacobians():
+        gp.log_evidence()
+
+
+@case("a joint posterior over too many points")
+def _(tmp):
+    gp = large(params="last_layer")
+    gp.posterior()
+    with memory_limit(20_000_000), no_jacobians():
+        gp(torch.zeros(1000, 2, dtype=F64))
+
+
+@case("the covariance of too many weights")
+def _(tmp):
+    posterior = large(structure="diagonal").weight_posterior()
+    with memory_limit(10_000_000):
+        posterior.covariance()
+
+
+@case("a Jacobian that does not fit")
+def _(tmp):
+    lin = dnn2gp.Linearization(randomized(mlp(width=250), 0))
+    with memory_limit(10_000_000), no_jacobians():
+        lin.jacobian(torch.zeros(1000, 2, dtype=F64))
+
+
+class no_jacobians:  # noqa: N801
+    """Refused before the work: no Jacobian is formed."""
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(NetFunction, "jacobian_rows", lambda *_: pytest.fail("a Jacobian was formed"))
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+# ---- noise at new inputs
+
+
+def noisy_examples() -> dnn2gp.LaplaceGP:
+    return problem("gaussian_per_example").gp()
+
+
+@case("noise given for the training examples, asked for at new ones")
+def _(tmp):
+    noisy_examples().predict(X[:3])
+
+
+@case("the same at as many new ones")
+def _(tmp):
+    noisy_examples().predict(X + 1)
+
+
+@case("noise of another number of examples")
+def _(tmp):
+    noisy_examples().predict(X[:3], noise=torch.ones(6, 2, dtype=F64))
+
+
+@case("noise of another number of outputs")
+def _(tmp):
+    noisy_examples().predict(X[:3], noise=torch.ones(3, dtype=F64))
+
+
+@case("negative noise at new inputs")
+def _(tmp):
+    noisy_examples().predict(X[:3], noise=with_entry(torch.ones(3, 2, dtype=F64), (2, 1), -1.0))
+
+
+@case("noise at new inputs for a loss that has none")
+def _(tmp):
+    classes().predict(X[:3], noise=torch.ones(3, 3, dtype=F64))
+
+
+@case("the likelihood at as many new inputs as training examples")
+def _(tmp):
+    gp = noisy_examples()
+    gp.likelihood(gp(X + 1), X + 1)
+
+
+@case("covariances of another shape for the likelihood")
+def _(tmp):
+    gp = problem("gaussian_per_output").gp()
+    gp.likelihood(gp(X[:3]), X[:3], noise=torch.ones(3, 2, dtype=F64))
+
+
+@case("the likelihood's noise of a softmax")
+def _(tmp):
+    gp = classes()
+    gp.likelihood(gp(X[:3]), X[:3])
+
+
+# ---- files
+
+
+def a_file(tmp: Path) -> Path:
+    dnn2gp.save(regression(), tmp / "gp")
+    return tmp / "gp"
+
+
+@case("no file")
+def _(tmp):
+    dnn2gp.load(tmp / "gp", mlp())
+
+
+@case("a truncated file")
+def _(tmp):
+    path = a_file(tmp)
+    path.write_bytes(path.read_bytes()[:-1])
+    dnn2gp.load(path, mlp())
+
+
+@case("a file of another kind")
+def _(tmp):
+    torch.save(mlp().state_dict(), tmp / "gp")
+    dnn2gp.load(tmp / "gp", mlp())
+
+
+@case("a safetensors file of something else")
+def _(tmp):
+    save_file(mlp().state_dict(), tmp / "gp")
+    dnn2gp.load(tmp / "gp", mlp())
+
+
+@case("a file of a newer version")
+def _(tmp):
+    path = a_file(tmp)
+    rewritten(path, lambda config: config.update(format=99, version="7.0"))
+    dnn2gp.load(path, mlp())
+
+
+@case("a net with other parameters than the file's")
+def _(tmp):
+    dnn2gp.load(a_file(tmp), TokenNet())
+
+
+@case("a net with the file's parameters that computes something else")
+def _(tmp):
+    dnn2gp.load(a_file(tmp), nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)))
+
+
+@case("a file whose loss was the user's own, without it")
+def _(tmp):
+    p = problem("own_loss")
+    dnn2gp.save(p.gp(), tmp / "gp")
+    dnn2gp.load(tmp / "gp", p.net)
+
+
+@case("a `state_dict` of a GP with other data")
+def _(tmp):
+    regression().load_state_dict(regression(x=X + 0.1).state_dict())
+
+
+# ---- the table
+
+
+def table() -> dict[str, tuple[str, str]]:
+    """What is given -> (error, message) by docs/gotchas.md."""
+    text = GOTCHAS.read_text(encoding="utf-8")
+    section = re.search(r"^## What is refused$(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE).group(1)
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in rows if row[0].strip() != "Given"]
+    assert all(len(row) == 3 for row in rows), [row for row in rows if len(row) != 3]
+    given = [row[0] for row in rows]
+    assert len(given) == len(set(given)), "a row stands twice"
+    return {row[0]: (row[1].strip("`"), row[2].strip("`")) for row in rows}
+
+
+TABLE = table()
+
+
+def test_the_table_and_the_tests_name_the_same_cases():
+    assert sorted(TABLE) == sorted(CASES)
+
+
+@pytest.mark.parametrize("given", CASES)
+def test_row(given, tmp_path):
+    if given not in TABLE:
+        pytest.fail(f"docs/gotchas.md has no row for {given!r}", pytrace=False)
+    error, message = TABLE[given]
+    with pytest.raises(Exception) as caught:
+        CASES[given](tmp_path)
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert type(caught.value).__name__ == error, text
+    pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+    assert re.search(pattern, text, flags=re.DOTALL), f"documented:\n{message}\nraised:\n{text}"
+
+
+def test_good_input_is_not_refused():
+    """The cases next to those above."""
+    p = problem("gaussian")
+    regression(y=Y[:, 0])
+    regression(y=torch.arange(6))  # integers become floats of the same value
+    regression(x=X[:1], y=Y[:1])
+    regression(x=X[:1].expand(6, -1))  # replicates
+    regression(sigma=torch.tensor([0.3]))
+    regression(sigma=torch.full((6, 1), 0.3)).predict(X, noise=torch.ones(6, 1, dtype=F64))
+    classes(torch.tensor([0, 1, 2, 0, 1, 1], dtype=torch.int32))
+    frozen = copy.deepcopy(p.net)
+    frozen[0].requires_grad_(False)
+    regression(net=frozen)
+    tokens(problem("categorical_tokens").x.double(), input_dtype=torch.long)
+    gp = noisy_examples()
+    x = problem("gaussian_per_example").x
+    gp.likelihood(gp(x), x)  # the training examples themselves
+    assert isinstance(gp, gpytorch.models.ExactGP)
