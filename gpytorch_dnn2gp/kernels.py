@@ -21,6 +21,7 @@ from gpytorch.priors import Prior as HyperPrior
 from linear_operator import to_linear_operator
 from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import tiling
 from .linearize import Linearization
@@ -79,7 +80,7 @@ class _Jacobians:
 
     def __call__(self, lin: Linearization, x: Tensor) -> Tensor:
         """``J(x)``, ``(..., n, K, P)``; without batch dimensions where all elements of a batch are the same."""
-        if x.dim() < 2 or (x.requires_grad and torch.is_grad_enabled()):
+        if x.dim() < 2 or _has_gradient(x):
             return lin.jacobian(x)
         self._require_same(lin.net)
         if x.dim() > 2 and x.numel() > 0:
@@ -114,6 +115,11 @@ class _Jacobians:
         if not same:
             self.clear()
             self._net = [tensor.detach().clone() for tensor in now]
+
+
+def _has_gradient(x: Tensor) -> bool:
+    """Whether a derivative in ``x``, of either mode, is being taken."""
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
 
 
 class WeightSpaceStrategy(DefaultPredictionStrategy):
@@ -212,7 +218,7 @@ class JacobianKernel(Kernel):
         require_positive(delta.detach(), "prior_precision")
         if delta.dim() > len(batch_shape) + 1:
             raise ValueError(f"prior_precision has shape {tuple(delta.shape)}; give a number or one entry per group.")
-        num_precisions = 1 if delta.dim() == len(batch_shape) else delta.shape[-1]
+        num_precisions = 1 if delta.dim() in (0, len(batch_shape)) else delta.shape[-1]
         partition = weight_groups(lin.param_names, lin.param_sizes, groups, num_precisions)
         if prior_variance is not None:
             if prior_variance.shape != (lin.num_weights,):
