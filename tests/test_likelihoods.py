@@ -278,7 +278,7 @@ def test_bad_given_noise_is_refused_at_once():
     for bad, message in [
         (noise[:, 0], r"noise has shape \(6, 2\)"),
         (noise.index_fill(0, torch.tensor(3), 0.0), "index 3 is not symmetric and positive definite"),
-        (noise.index_fill(0, torch.tensor(2), torch.nan), "noise has 4 of 24 entries NaN"),
+        (noise.index_fill(0, torch.tensor(2), torch.nan), "noise has 4 .*NaN"),
         (noise + torch.tensor([[0.0, 0.1], [0.0, 0.0]]), "index 0 is not symmetric"),
         (noise[:5], "noise is that of 5 examples, but there are 6 train_inputs"),
     ]:
