@@ -240,7 +240,8 @@ class LaplaceGP(ExactGP):
 
             CrossEntropyLoss       c = n              BCEWithLogitsLoss, PoissonNLLLoss     c = n K
             MSELoss                c = n K / (2 sigma^2)
-            reduction="sum"        c = 1, and 1 / (2 sigma^2) for MSELoss
+            reduction="sum"        c = 1, and 1 / (2 sigma^2) for MSELoss, all data in one batch; with minibatches the
+                                   sum of a batch counts for the whole: multiply weight_decay by n / batch size
 
         AdamW decouples its decay from the loss, so no delta corresponds to it exactly: choose one by the evidence.
 
@@ -475,6 +476,7 @@ class LaplaceGP(ExactGP):
             )
         loss = self._loss_of(noise)
         rows = self.linearization.rows(self.linearization.flatten_inputs(x))
+        self._require_memory_for_blocks(rows)
         if joint:
             joint_covariance = self._joint_covariance(rows)
             blocks = _diagonal_blocks(to_linear_operator(joint_covariance).to_dense(), self.num_outputs)
@@ -648,6 +650,16 @@ class LaplaceGP(ExactGP):
         if kind == "posterior":
             return f - self.posterior().shift(rows)
         return f if self._added is None else f - self.posterior().added_shift(rows)
+
+    def _require_memory_for_blocks(self, rows: Rows) -> None:
+        m, k = rows.num_examples, self.num_outputs
+        tiling.require_memory(
+            3 * m * k**2,
+            self._outputs.dtype,
+            self._outputs.device,
+            f"The covariances of {m} points, {k} x {k} each, with the work on them,",
+            "Predict fewer points at once.",
+        )
 
     def _joint_covariance(self, rows: Rows):
         if gpytorch.settings.skip_posterior_variances.on():

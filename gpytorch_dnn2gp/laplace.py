@@ -113,6 +113,12 @@ class Splitting:
             return unit.loss.residual(unit.f, unit.y).detach()[:, None, :]
         return None
 
+    def apply_precision(self, a: Tensor) -> Tensor:
+        """``D a``, ``(..., n, m)``."""
+        if self.features == "gradient":
+            return a * self.noise_scale.square()
+        return self.loss.apply_precision(self.f, a, self.y) / self.temperature
+
     def data_term(self) -> Tensor:
         """``sum_i log p(y_i | f_i) / T``."""
         return -self.loss.negative_log_likelihood(self.f, self.y).sum(-1) / self.temperature

@@ -123,6 +123,10 @@ class Loss(ABC):
     def apply_root_t(self, f: Tensor, v: Tensor, y: Tensor | None = None) -> Tensor:
         """``R^T v`` with ``Lambda = R R^T``; leading dimensions broadcast as in `apply_root`."""
 
+    def apply_precision(self, f: Tensor, v: Tensor, y: Tensor | None = None) -> Tensor:
+        """``Lambda v``; leading dimensions broadcast as in `apply_root`."""
+        return self.apply_root(f, self.apply_root_t(f, v, y), y)
+
     # The label given the outputs
 
     @abstractmethod
@@ -399,6 +403,11 @@ class Categorical(Loss):
         """``R^T v = sqrt(p) o (v - p^T v)``."""
         log_p = log_softmax(f, -1)
         return torch.exp(0.5 * log_p) * (v - (log_p.exp() * v).sum(-1, keepdim=True))
+
+    def apply_precision(self, f, v, y=None):
+        """``p * v - p (p . v)``: half the passes over ``v`` that the two roots take."""
+        p = torch.softmax(f, -1)
+        return p * (v - (p * v).sum(-1, keepdim=True))
 
     def conditional(self, f):
         """``Categorical(p)``."""

@@ -405,7 +405,7 @@ class _IterativePosterior(Posterior):
         """``Sigma u`` for ``u`` ``(c, P)``."""
 
         def matmul(x: Tensor) -> Tensor:
-            inner = self.splitting.apply_root(self.splitting.apply_root_t(self.rows.matmul(x * self.scale)))
+            inner = self.splitting.apply_precision(self.rows.matmul(x * self.scale))
             return self.rows.rmatmul(inner).mul_(self.scale).add_(x)
 
         return conjugate_gradients(matmul, u * self.scale, "I + S^1/2 J^T Lambda J S^1/2") * self.scale

@@ -150,6 +150,7 @@ def test_root_squares_to_the_noise_precision(case):
 def test_the_two_products_are_with_one_root(case):
     loss, f, y = case
     assert_close(dense_root(loss.apply_root, f, y).mT, dense_root(loss.apply_root_t, f, y))
+    assert_close(dense_root(loss.apply_precision, f, y), loss.noise_precision(f, y))
     u, v = randn(N, K), randn(N, K)
     assert_close((loss.apply_root(f, v, y) * u).sum(), (loss.apply_root_t(f, u, y) * v).sum())
 
