@@ -398,7 +398,8 @@ def _another_example(x: Tensor) -> Tensor:
     differs = (x[:1000] != x[:1]).flatten(1).any(1)
     if differs.any():
         return x[first_index(differs)][None]
-    return x[:1] + 1 if x.is_floating_point() else x[:1].flip(-1)
+    mirrored = x[:1].flip(-1)
+    return x[:1] + 1 if x.is_floating_point() and torch.equal(mirrored, x[:1]) else mirrored
 
 
 # ---- the net
@@ -444,9 +445,12 @@ def _require_usable(net: nn.Module) -> None:
         raise ValueError("The net's parameters are on several devices. Move them to one.")
     if any(parameter.is_meta for parameter in net.parameters()):
         raise ValueError("The net is on the meta device, where weights have no values. Load them first.")
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-        require_finite(tensor.detach(), f"The net's {kind} '{name}'", "Its training has diverged: train it anew.")
+    cure = "Its training has diverged: train it anew."
+    for name, parameter in net.named_parameters():
+        require_finite(parameter.detach(), f"The net's parameter '{name}'", cure)
+    for name, buffer in net.named_buffers():
+        if buffer.isnan().any():  # an infinite one may be a mask
+            require_finite(buffer, f"The net's buffer '{name}'", cure)
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(

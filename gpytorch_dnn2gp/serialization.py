@@ -96,7 +96,8 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
     tensors = {f"net/{name}": tensor for name, tensor in _net_state(net).items()}
     tensors |= {"data/inputs": gp._inputs, "data/labels": gp._labels, "data/outputs": gp._outputs}
     tensors |= {f"sums/{name}": tensor for name, tensor in solver.sums().items()}
-    if jacobians and gp.solver == "function_space" and solver.rows.kept is not None:
+    config["kept"] = gp.solver == "function_space" and solver.rows.kept is not None
+    if jacobians and config["kept"]:
         tensors["sums/rows"] = solver.rows.kept
     tensors |= {"fixed/temperature": likelihood.temperature}
     for module, name in _hyperparameters(gp):
@@ -222,7 +223,7 @@ def _rebuild(
         solver = gp._solver_for(gp._splitting(), sums)
     if "rows" in sums:
         solver.rows.keep(sums["rows"])
-    elif gp.solver == "function_space":
+    elif config["kept"]:
         solver.rows.keep()
     if "added/inputs" in tensors:
         return gp.condition_on(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))

@@ -186,7 +186,7 @@ def _(tmp):
     regression(net=net)
 
 
-@case("NaN or infinity in a buffer")
+@case("NaN in a buffer")
 def _(tmp):
     net = nn.Sequential(mlp(), nn.BatchNorm1d(1)).double()
     net[1].running_var[0] = torch.nan
@@ -454,6 +454,14 @@ def _(tmp):
         gp(torch.zeros(1000, 2, dtype=F64))
 
 
+@case("predictions of too many outputs")
+def _(tmp):
+    net = randomized(mlp(num_outputs=100), 0)
+    gp = dnn2gp.LaplaceGP(net, X, torch.zeros(6, dtype=torch.long), Categorical(), structure="diagonal")
+    with memory_limit(10_000_000), no_jacobians():
+        gp.predict(torch.zeros(100, 2, dtype=F64))
+
+
 @case("the covariance of too many weights")
 def _(tmp):
     posterior = large(structure="diagonal").weight_posterior()
@@ -640,6 +648,9 @@ def test_good_input_is_not_refused():
     regression(sigma=torch.tensor([0.3]))
     regression(sigma=torch.full((6, 1), 0.3)).predict(X, noise=torch.ones(6, 1, dtype=F64))
     classes(torch.tensor([0, 1, 2, 0, 1, 1], dtype=torch.int32))
+    masked = copy.deepcopy(p.net)
+    masked.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    regression(net=masked)
     frozen = copy.deepcopy(p.net)
     frozen[0].requires_grad_(False)
     regression(net=frozen)
