@@ -242,7 +242,10 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
     path = path.resolve()  # through a link, not in its place
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = (path if path.exists() else temporary).stat().st_mode  # safetensors lets only the owner read
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

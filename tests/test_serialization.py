@@ -78,6 +78,7 @@ sys.path.insert(0, sys.argv[1])
 from test_serialization import SAVED, again, what_it_says
 from problems import problem
 folder = sys.argv[2]
+torch.set_num_threads(int(sys.argv[3]))
 for number, which in enumerate(SAVED):
     p = problem(which.split()[0])
     torch.save(what_it_says(again(p, f"{folder}/{number}.safetensors"), p), f"{folder}/{number}.said")
@@ -93,7 +94,7 @@ def new_process(tmp_path_factory):
         p, gp = build(which)
         here.append(what_it_says(gp, p))
         dnn2gp.save(gp, folder / f"{number}.safetensors")
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(TESTS), str(folder)]
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(TESTS), str(folder), str(torch.get_num_threads())]
     run = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     there = [torch.load(folder / f"{number}.said", weights_only=True) for number in range(len(SAVED))]
@@ -266,6 +267,16 @@ def test_an_interrupted_save_loses_nothing(tmp_path, monkeypatch, exception):
         dnn2gp.save(gp, tmp_path / "gp")
     assert (tmp_path / "gp").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["gp"]
+
+
+def test_the_file_is_as_readable_as_any_other(tmp_path):
+    _, gp = build("gaussian weight_space")
+    (tmp_path / "other").touch()
+    dnn2gp.save(gp, tmp_path / "gp")
+    assert (tmp_path / "gp").stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "gp").chmod(0o600)
+    dnn2gp.save(gp, tmp_path / "gp")
+    assert (tmp_path / "gp").stat().st_mode & 0o777 == 0o600
 
 
 def test_an_open_file_may_be_replaced(tmp_path):
