@@ -1,0 +1,70 @@
+"""The examples, run as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("delta", "sigma", "NLL", "RMSE", "accuracy", "ECE", "coverage")
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """What the quickstart printed, and the folder of its pictures."""
+    folder = tmp_path_factory.mktemp("output")
+    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output", folder]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run, folder
+
+
+@pytest.fixture(scope="module")
+def rows(quickstart):
+    """Its table: ``{(problem, row): {column: number}}``."""
+    table, problem = {}, None
+    for line in quickstart[0].stdout.splitlines():
+        if " to test, " in line:
+            problem = line.split(":")[0]
+        name, *values = [line[:33].strip(), *line[33:].split()]
+        if problem and line.startswith("  ") and len(values) == len(COLUMNS):
+            numbers = [None if v == "-" else float(v[:-1]) / 100 if v.endswith("%") else float(v) for v in values]
+            table[problem, name] = dict(zip(COLUMNS, numbers))
+    return table
+
+
+def test_quickstart_has_nothing_to_warn_of(quickstart):
+    assert "Warning" not in quickstart[0].stderr
+
+
+def test_quickstart_prints_its_table(rows):
+    assert list(rows) == [
+        ("diabetes", "net alone"),
+        ("diabetes", "GP, delta of the weight decay"),
+        ("diabetes", "GP, delta and sigma by evidence"),
+        ("digits", "net alone"),
+        ("digits", "GP, delta of the weight decay"),
+        ("digits", "GP, delta by evidence"),
+        ("digits", "GP, delta by held-out digits"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "best", [("diabetes", "GP, delta and sigma by evidence"), ("digits", "GP, delta by held-out digits")]
+)
+def test_quickstart_gains_likelihood_and_coverage(rows, best):
+    gp, net = rows[best], rows[best[0], "net alone"]
+    assert gp["NLL"] <= net["NLL"]
+    assert abs(gp["coverage"] - 0.95) <= abs(net["coverage"] - 0.95)
+
+
+def test_quickstart_tells_where_the_evidence_fails(quickstart, rows):
+    if rows["digits", "GP, delta by evidence"]["NLL"] > rows["digits", "net alone"]["NLL"]:
+        assert "Why the evidence fails on clean classes" in quickstart[0].stdout
+
+
+def test_quickstart_draws_its_pictures(quickstart):
+    for picture in ("predictions.png", "kernel.png"):
+        data = (quickstart[1] / picture).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
