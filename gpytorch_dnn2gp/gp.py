@@ -217,6 +217,8 @@ class LaplaceGP(ExactGP):
         self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
         self._inputs, self._labels, self._outputs = x, labels, f
         if self.likelihood.per_example_noise:
+            self.likelihood.train_inputs = x
+        if self.likelihood.per_example_noise:
             self.likelihood.train_inputs = x  # whose noise it is
         self._added: _Added | None = None
         self._clear_solver()
@@ -332,6 +334,10 @@ class LaplaceGP(ExactGP):
         rows = self.linearization.rows(x)
         covariance = self._joint_covariance(rows)  # first: it keeps the Jacobians for the mean
         return self._distribution(self._mean(rows, "posterior"), covariance)
+
+    def transform_inputs(self, X: Tensor, **_) -> Tensor:
+        """As they are: BoTorch's ``fit_gpytorch_mll`` asks."""
+        return X
 
     def set_train_data(
         self, inputs: Tensor | Sequence[Tensor] | None = None, targets: Tensor | None = None, strict: bool = True
