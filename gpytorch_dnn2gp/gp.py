@@ -217,8 +217,6 @@ class LaplaceGP(ExactGP):
         self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
         self._inputs, self._labels, self._outputs = x, labels, f
         if self.likelihood.per_example_noise:
-            self.likelihood.train_inputs = x
-        if self.likelihood.per_example_noise:
             self.likelihood.train_inputs = x  # whose noise it is
         self._added: _Added | None = None
         self._clear_solver()
@@ -559,7 +557,9 @@ class LaplaceGP(ExactGP):
         if self._base_posterior is None or not _same(self._base_posterior[0], key):
             with torch.no_grad():
                 splitting = self._splitting()
-                base = self._base_at(self.covar_module.prior(), splitting)
+                # the cache outlives this call, and GPs conditioned from this one share it: keep the kernel as it is now
+                residual_kernel = copy.deepcopy(self.residual_kernel)
+                base = self._base_at(self.covar_module.prior(), splitting, residual_kernel)
             self._base_posterior = (tuple(k.clone() for k in key), base)
             self._conditioned = None
         if self._added is None:
@@ -575,14 +575,14 @@ class LaplaceGP(ExactGP):
     def _posterior_at(self, prior_precision: Tensor | None = None, noise: Tensor | None = None) -> solvers.Posterior:
         """The posterior at these, or the present, hyperparameters, with their graph."""
         splitting, prior = self._splitting(noise), self.covar_module.prior(prior_precision)
-        base = self._base_at(prior, splitting)
+        base = self._base_at(prior, splitting, self.residual_kernel)
         return base if self._added is None else self._condition(base, noise)
 
-    def _base_at(self, prior: Prior, splitting: Splitting) -> solvers.Posterior:
+    def _base_at(self, prior: Prior, splitting: Splitting, residual_kernel: Kernel | None) -> solvers.Posterior:
         solver = self._solver_for(splitting)
-        if self.residual_kernel is None:
+        if residual_kernel is None:
             return solver.posterior(prior, splitting)
-        return solver.posterior(prior, splitting, lambda x1, x2: self.residual_kernel(x1, x2).to_dense())
+        return solver.posterior(prior, splitting, lambda x1, x2: residual_kernel(x1, x2).to_dense())
 
     def _hyperparameter_values(self) -> tuple[Tensor, ...]:
         residual = () if self.residual_kernel is None else self.residual_kernel.parameters()

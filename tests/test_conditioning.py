@@ -296,3 +296,13 @@ def test_residual_kernel_widens_the_band_far_away_and_is_fitted():
     assert_close(torch.tensor(fit.evidence_after), gp.log_evidence(), 1e-6)
     with pytest.raises(ValueError, match="function space"):
         dnn2gp.LaplaceGP(net, x, y, loss, residual_kernel=kernel, solver="weight_space")
+
+
+def test_a_gp_and_one_conditioned_from_it_do_not_share_the_residual_kernel():
+    loss, net, x, y, x_test = problem("one output")
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel())
+    gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7, residual_kernel=kernel)
+    gp(x_test)
+    conditioned = gp.condition_on(x[N:], y[N:])
+    gp.residual_kernel.outputscale = 50.0
+    assert_same_posterior(conditioned, dnn2gp.LaplaceGP(net, x, y, loss, 0.7, residual_kernel=kernel), x_test)
