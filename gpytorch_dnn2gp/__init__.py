@@ -18,11 +18,12 @@ from . import (
     training,
     weights,
 )
-from .gp import LaplaceGP, Prediction
+from .gp import LaplaceGP
 from .kernels import JacobianKernel, NetworkMean
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization
 from .numerics import NumericalWarning
+from .prediction import Prediction, Stationarity
 from .selection import fit_evidence
 from .serialization import load, save
 
@@ -36,6 +37,7 @@ __all__ = [
     "NetworkMean",
     "NumericalWarning",
     "Prediction",
+    "Stationarity",
     "dual",
     "fit_evidence",
     "laplace",

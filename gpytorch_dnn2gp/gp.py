@@ -12,10 +12,7 @@ dual.py). The paper's targets ``y~`` are in ``gp.dual_data()``. n examples, K ou
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import gpytorch
 import torch
@@ -25,9 +22,9 @@ from gpytorch.models import ExactGP
 from linear_operator import to_linear_operator
 from linear_operator.operators import KroneckerProductLinearOperator, ZeroLinearOperator
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from . import dual, solvers, tiling
+from .added_data import AddedData, canonical_labels, expand_batch
 from .conditioning import Conditioned, condition
 from .from_torch import collect, translate_loss
 from .kernels import JacobianKernel, NetworkMean, as_linearization
@@ -35,7 +32,9 @@ from .laplace import FEATURES, Splitting
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization, Rows
 from .losses import Loss
+from .model_state import DIGEST_SIZE, described, digest
 from .numerics import require_finite
+from .prediction import Prediction, Stationarity
 from .predictive import predictive
 from .weights import GaussianWeights, Prior
 
@@ -45,83 +44,6 @@ _SOLVERS = {
     "function_space": solvers.FunctionSpace,
     "iterative": solvers.Iterative,
 }
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Labels and outputs at new inputs ``(..., m, d)``.
-
-    Attributes:
-        mean: ``E[y]``, ``(..., m, D)``; class probabilities for a categorical loss.
-        aleatoric: ``E[Var[y|f]]``, the part that more data would not remove, ``(..., m, D)``.
-        epistemic: ``Var[E[y|f]]``, the part that comes from not knowing the weights, ``(..., m, D)``.
-        f: the outputs' Gaussian: one for each example, batch ``(..., m)`` and event ``(K,)``; with ``joint=True`` one
-            over all examples, as ``gp(x)`` gives it.
-        y: distribution of each label.
-        probs: class probabilities ``(..., m, K)``, of ones for a Bernoulli loss; else None.
-    """
-
-    mean: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-    f: MultivariateNormal
-    y: Distribution
-    probs: Tensor | None
-
-    @property
-    def variance(self) -> Tensor:
-        """``Var[y]``, aleatoric plus epistemic, ``(..., m, D)``."""
-        return self.aleatoric + self.epistemic
-
-    def __repr__(self) -> str:
-        return (
-            f"Prediction(mean={tuple(self.mean.shape)}, aleatoric variance {float(self.aleatoric.mean()):.3g} and "
-            f"epistemic variance {float(self.epistemic.mean()):.3g} on average)"
-        )
-
-
-@dataclass(frozen=True)
-class Stationarity:
-    """How far the net is from a stationary point of its loss, where the Laplace approximation is taken.
-
-    Attributes:
-        gradient_norm: ``|g|``, ``g = sum_i J_i^T r_i + S0^-1 w*``.
-        newton_decrement: ``g^T Sigma g``, free of scale: the squared length of the Gauss-Newton step from w* to the
-            posterior mean, in posterior standard deviations. Well below one is near; for a Gaussian loss half of it is
-            the gap in nats between GP and Laplace evidence.
-    """
-
-    gradient_norm: float
-    newton_decrement: float
-
-    @property
-    def evidence_gap(self) -> float:
-        """``g^T Sigma g / 2`` in nats."""
-        return self.newton_decrement / 2
-
-    def __repr__(self) -> str:
-        return (
-            f"Stationarity(gradient norm {self.gradient_norm:.3g}, {self.newton_decrement**0.5:.3g} posterior standard "
-            "deviations from the Gauss-Newton optimum)"
-        )
-
-
-@dataclass(frozen=True)
-class _Added:
-    """Data that a GP was conditioned on: inputs ``(b..., q, d)``, labels ``(f..., b..., q, ...)``, their rows and f.
-
-    ``noise`` is sigma^2 of these examples where it was given, else None for the GP's own.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    noise: Tensor | None
-    rows: Rows
-    outputs: Tensor
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        return self.outputs.shape[:-2]
 
 
 class LaplaceGP(ExactGP):
@@ -218,7 +140,7 @@ class LaplaceGP(ExactGP):
         self._inputs, self._labels, self._outputs = x, labels, f
         if self.likelihood.per_example_noise:
             self.likelihood.train_inputs = x  # whose noise it is
-        self._added: _Added | None = None
+        self._added: AddedData | None = None
         self._clear_solver()
 
     @classmethod
@@ -385,61 +307,31 @@ class LaplaceGP(ExactGP):
             if self.noise is None:
                 raise ValueError(f"{self._loss_of(None)} has no noise; leave noise= out.")
             noise = noise[:, None] if noise.dim() == 1 else noise
-        labels = self._check_new_labels(x, targets)
+        any_noise = self._outputs.new_tensor(1.0) if self.likelihood.per_example_noise else None  # no matter for labels
+        labels = canonical_labels(self._loss_of(any_noise), targets, x, self._labels, self._outputs)
+        event_dims = self._labels.dim()
         if self._added is not None:
-            x, labels, noise = self._append(x, labels, noise)
-        rows = lin.rows(x)
-        batch = torch.broadcast_shapes(labels.shape[: labels.dim() - self._labels.dim()], x.shape[:-2])
-        labels = labels.expand(*batch, *labels.shape[labels.dim() - self._labels.dim() :])
-        outputs = lin.function.outputs(rows.x).unflatten(0, rows.batch_shape).expand(*batch, -1, -1)
+            x, labels, noise = self._added.then(x, labels, noise, self.noise, event_dims)
 
         new = self._shallow_copy()
-        new._added = _Added(x, labels, noise, rows, outputs)
+        new._added = added = AddedData.at(lin, x, labels, noise, event_dims)
         new._conditioned = None
-        new.train_inputs = (torch.cat([_expand(self._inputs, batch), _expand(x, batch)], -2),)
-        new.train_labels = torch.cat([_expand(self._labels, batch), labels], len(batch))
-        targets = _output_targets(self.loss if noise is None else self._loss_of(noise), outputs, labels)
-        base_targets = _output_targets(self.loss, self._outputs, self._labels)
-        new.train_targets = torch.cat([_expand(base_targets, batch), targets], len(batch))
+
+        def both(base: Tensor, more: Tensor) -> Tensor:
+            batch, dims = added.batch_shape, base.dim()
+            return torch.cat([expand_batch(base, batch, dims), expand_batch(more, batch, dims)], len(batch))
+
+        new.train_inputs = (both(self._inputs, x),)
+        new.train_labels = both(self._labels, added.labels)
+        new.train_targets = both(
+            _output_targets(self.loss, self._outputs, self._labels),
+            _output_targets(self._loss_of(noise), added.outputs, added.labels),
+        )
         return new
 
     def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> LaplaceGP:
         """See :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(x, y, noise=noise)
-
-    def _check_new_labels(self, x: Tensor, y: Tensor) -> Tensor:
-        """Canonical labels ``(f..., b..., q, ...)`` for inputs ``(b..., q, d)``."""
-        q, event = x.shape[-2], self._labels.shape[1:]
-        if event == (1,) and not (y.dim() >= x.dim() and y.shape[-2:] == (q, 1)):
-            y = y.unsqueeze(-1)
-        batch = y.shape[: y.dim() - 1 - len(event)]
-        if y.dim() < 1 + len(event) or y.shape[len(batch)] != q:
-            raise ValueError(
-                f"Labels of shape {tuple(y.shape)} do not fit {q} new inputs: they must be "
-                f"(..., {', '.join(map(str, (q, *event)))})."
-            )
-        f = self._outputs
-        loss = self._loss_of(f.new_tensor(1.0) if self.likelihood.per_example_noise else None)  # no matter for labels
-        flat = loss.check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
-        return flat.reshape(*batch, q, *flat.shape[1:])
-
-    def _append(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Earlier added data and new ones together: conditioning twice is conditioning once on both."""
-        old = self._added
-        x_batch = torch.broadcast_shapes(old.inputs.shape[:-2], x.shape[:-2])
-        event = self._labels.dim()
-        batch = torch.broadcast_shapes(old.batch_shape, labels.shape[: labels.dim() - event], x_batch)
-        both = torch.cat([_expand(old.labels, batch, event), _expand(labels, batch, event)], len(batch))
-        if (old.noise is None) != (noise is None):
-            present = self.noise.detach().expand(1, self.num_outputs)
-            before = present.expand(old.inputs.shape[-2], -1) if old.noise is None else old.noise
-            after = present.expand(x.shape[-2], -1) if noise is None else noise
-        else:
-            before, after = old.noise, noise
-        if before is not None:
-            k = self.num_outputs
-            noise = torch.cat([before.expand(-1, k), after.expand(-1, k)])
-        return torch.cat([_expand(old.inputs, x_batch), _expand(x, x_batch)], -2), both, noise
 
     def _shallow_copy(self) -> LaplaceGP:
         """A copy with hyperparameters of its own, which shares the frozen net, the data and all that was computed."""
@@ -701,17 +593,13 @@ class LaplaceGP(ExactGP):
             "net": [lin.param_names, lin.param_sizes, lin.input_shape, str(lin.input_dtype), str(lin.dtype)],
             "groups": self.covar_module.groups.index(torch.device("cpu")).tolist(),
             "kind": [type(self).__name__, self.structure, self.features],
-            "residual_kernel": None if self.residual_kernel is None else _described(self.residual_kernel),
+            "residual_kernel": None if self.residual_kernel is None else described(self.residual_kernel),
         }
-        digest = hashlib.sha256(json.dumps(structure).encode())
         data = [self._inputs, self._labels]
         if added is not None:
             data += [added.inputs, added.labels, *_present(added.noise)]
-        for tensor in data:
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         outputs = self._outputs.detach().double().flatten()
-        return torch.cat([outputs.new_tensor(list(digest.digest())), outputs])
+        return torch.cat([outputs.new_tensor(digest(structure, data)), outputs])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Called by ``load_state_dict`` before anything is loaded.
@@ -720,8 +608,7 @@ class LaplaceGP(ExactGP):
             ValueError: the state is of a GP with other data, loss or structure.
         """
         own = self.get_extra_state()
-        size = len(own) - self._outputs.numel()
-        if len(state) != len(own) or not torch.equal(state[:size].to(own), own[:size]):
+        if len(state) != len(own) or not torch.equal(state[:DIGEST_SIZE].to(own), own[:DIGEST_SIZE]):
             raise ValueError(
                 "This state_dict is of a GP with other training data, another loss or another structure; with it this "
                 "one would predict something else. Build the GP on the same data first, or use gpytorch_dnn2gp.save "
@@ -729,7 +616,7 @@ class LaplaceGP(ExactGP):
             )
         net = self.linearization.net
         before = [tensor.clone() for tensor in (*net.parameters(), *net.buffers())]
-        self._loading = (state[size:].to(self._outputs).reshape(self._outputs.shape), before)
+        self._loading = (state[DIGEST_SIZE:].to(self._outputs).reshape(self._outputs.shape), before)
 
     def _apply(self, fn):
         # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
@@ -752,15 +639,6 @@ class LaplaceGP(ExactGP):
         self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
 
 
-def _described(module: nn.Module) -> list:
-    """Classes and plain attributes (Matern's nu, say) of a module and all within it."""
-    plain = (bool, int, float, str)
-    return [
-        [name, type(part).__name__, {k: v for k, v in vars(part).items() if isinstance(v, plain) and k != "training"}]
-        for name, part in module.named_modules()
-    ]
-
-
 def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
     """Where ``load_state_dict`` changed the net, outputs and sums follow; the outputs must be the saved ones."""
     outputs, before = gp.__dict__.pop("_loading", (None, None))
@@ -777,13 +655,6 @@ def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
             "else. Build this GP from a net of the same activations, normalisations and constructor arguments."
         )
     gp._outputs = outputs
-
-
-def _expand(tensor: Tensor, batch: torch.Size, event_dims: int | None = None) -> Tensor:
-    """``tensor`` with batch dimensions ``batch`` in the place of those it has before its ``event_dims`` last ones."""
-    if event_dims is None:
-        event_dims = min(2, tensor.dim())
-    return tensor.expand(*batch, *tensor.shape[tensor.dim() - event_dims :])
 
 
 def _output_targets(loss: Loss, f: Tensor, labels: Tensor) -> Tensor:

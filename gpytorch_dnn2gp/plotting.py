@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import metrics
-from .gp import Prediction
+from .prediction import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,97 @@
+"""The data that a GP was conditioned on: shapes, batches of fantasies, and what comes before what.
+
+Inputs X are ``(b..., q, d)``, labels ``(f..., b..., q, ...)``: several fantasies f of the labels at the same inputs. q
+added examples, K outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linearize import Linearization, Rows
+from .losses import Loss
+
+
+@dataclass(frozen=True)
+class AddedData:
+    """Added examples with their rows J(X) and outputs.
+
+    Attributes:
+        inputs: ``(b..., q, d)``.
+        labels: canonical, ``(f..., b..., q, D)``, or ``(f..., b..., q)`` for class indices.
+        noise: sigma^2 of these examples ``(q, 1)`` or ``(q, K)`` where it was given, else None for the GP's own.
+        rows: at ``inputs``.
+        outputs: of the net, ``(f..., b..., q, K)``.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    noise: Tensor | None
+    rows: Rows
+    outputs: Tensor
+
+    @classmethod
+    def at(cls, lin: Linearization, inputs: Tensor, labels: Tensor, noise: Tensor | None, event_dims: int) -> AddedData:
+        """The net evaluated there; ``event_dims`` is the number of label dimensions that are no batch."""
+        rows = lin.rows(inputs)
+        batch = torch.broadcast_shapes(labels.shape[: labels.dim() - event_dims], inputs.shape[:-2])
+        outputs = lin.function.outputs(rows.x).unflatten(0, rows.batch_shape).expand(*batch, -1, -1)
+        return cls(inputs, expand_batch(labels, batch, event_dims), noise, rows, outputs)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """``(f..., b...)``."""
+        return self.outputs.shape[:-2]
+
+    def then(
+        self, inputs: Tensor, labels: Tensor, noise: Tensor | None, own_noise: Tensor | None, event_dims: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, labels and noise of these data and later ones: conditioning twice is conditioning once on both.
+
+        Where the noise was given for one part only, the other keeps ``own_noise``, the GP's at present.
+        """
+        inputs_batch = torch.broadcast_shapes(self.inputs.shape[:-2], inputs.shape[:-2])
+        batch = torch.broadcast_shapes(self.batch_shape, labels.shape[: labels.dim() - event_dims], inputs_batch)
+        both = [expand_batch(part, batch, event_dims) for part in (self.labels, labels)]
+        all_inputs = torch.cat([expand_batch(part, inputs_batch, 2) for part in (self.inputs, inputs)], -2)
+        if self.noise is None and noise is None:
+            return all_inputs, torch.cat(both, len(batch)), None
+        k = self.outputs.shape[-1]
+        sizes = (self.inputs.shape[-2], inputs.shape[-2])
+        noises = [
+            (own_noise.detach() if part is None else part).expand(size, k)
+            for part, size in zip((self.noise, noise), sizes, strict=True)
+        ]
+        return all_inputs, torch.cat(both, len(batch)), torch.cat(noises)
+
+
+def canonical_labels(loss: Loss, y: Tensor, inputs: Tensor, like: Tensor, f: Tensor) -> Tensor:
+    """Labels ``(f..., b..., q, ...)`` for ``inputs`` ``(b..., q, d)``, checked and in the form of those the GP has.
+
+    Args:
+        loss: that checks them.
+        y: labels; without their last dimension where it is 1.
+        inputs: ``(b..., q, d)``.
+        like: canonical labels of the GP, ``(n, ...)``.
+        f: outputs of the GP's data, ``(n, K)``, for dtype and device.
+    """
+    q, event = inputs.shape[-2], like.shape[1:]
+    if event == (1,) and not (y.dim() >= inputs.dim() and y.shape[-2:] == (q, 1)):
+        y = y.unsqueeze(-1)
+    batch = y.shape[: y.dim() - 1 - len(event)]
+    if y.dim() < 1 + len(event) or y.shape[len(batch)] != q:
+        raise ValueError(
+            f"Labels of shape {tuple(y.shape)} do not fit {q} new inputs: they must be "
+            f"(..., {', '.join(map(str, (q, *event)))})."
+        )
+    flat = loss.check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
+    return flat.reshape(*batch, q, *flat.shape[1:])
+
+
+def expand_batch(tensor: Tensor, batch: torch.Size, event_dims: int) -> Tensor:
+    """``tensor`` with the batch dimensions ``batch`` before its ``event_dims`` last ones."""
+    missing = len(batch) - (tensor.dim() - event_dims)
+    return tensor[(None,) * missing].expand(*batch, *tensor.shape[tensor.dim() - event_dims :])
