@@ -82,7 +82,8 @@ def test_shapes_types_and_batches(loss, approximation):
     if approximation != "mc":
         one = predictive(loss, mean[1], covariance[1], approximation)
         assert_close(p.variance[1], one.variance, rtol=1e-9, atol=1e-12)
-        assert_close(p.y.log_prob(label)[1], one.y.log_prob(label[1]), rtol=1e-7, atol=1e-9)
+        # mixtures take as many nodes as the widest of a batch needs: the same density to the quadrature's accuracy
+        assert_close(p.y.log_prob(label)[1], one.y.log_prob(label[1]), rtol=1e-5, atol=1e-9)
     single = predictive(loss, mean.float(), covariance.float(), approximation, num_samples=50)
     assert single.mean.dtype == single.epistemic.dtype == single.y.log_prob(label.float()).dtype == torch.float32
     if approximation != "mc":
