@@ -78,15 +78,26 @@ def canonical_labels(loss: Loss, y: Tensor, inputs: Tensor, like: Tensor, f: Ten
         like: canonical labels of the GP, ``(n, ...)``.
         f: outputs of the GP's data, ``(n, K)``, for dtype and device.
     """
-    q, event = inputs.shape[-2], like.shape[1:]
-    if event == (1,) and not (y.dim() >= inputs.dim() and y.shape[-2:] == (q, 1)):
+    q, event, inputs_batch = inputs.shape[-2], like.shape[1:], inputs.shape[:-2]
+
+    def fits(labels: Tensor) -> bool:
+        """Whether they read as ``(f..., b..., q, ...)``, b being the batch of the inputs."""
+        batch = labels.shape[: labels.dim() - 1 - len(event)]
+        return (
+            labels.dim() >= 1 + len(event)
+            and labels.shape[len(batch)] == q
+            and labels.shape[len(batch) + 1 :] == event
+            and batch[len(batch) - len(inputs_batch) :] == inputs_batch
+        )
+
+    if event == (1,) and not fits(y) and fits(y.unsqueeze(-1)):
         y = y.unsqueeze(-1)
-    batch = y.shape[: y.dim() - 1 - len(event)]
-    if y.dim() < 1 + len(event) or y.shape[len(batch)] != q:
+    if not fits(y):
         raise ValueError(
             f"Labels of shape {tuple(y.shape)} do not fit {q} new inputs: they must be "
-            f"(..., {', '.join(map(str, (q, *event)))})."
+            f"({', '.join(map(str, ('...', *inputs_batch, q, *event)))})."
         )
+    batch = y.shape[: y.dim() - 1 - len(event)]
     flat = loss.check_labels(y.reshape(-1, *event), f.shape[-1], None, f.dtype, f.device)
     return flat.reshape(*batch, q, *flat.shape[1:])
 

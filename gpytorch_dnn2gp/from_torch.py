@@ -25,7 +25,10 @@ def collect(data: Iterable | tuple[Tensor, Tensor], unpack: Callable | None = No
         raise TypeError(
             f"data must be (x, y) or an iterable of batches such as a DataLoader; got {type(data).__name__}."
         )
-    pairs = [(unpack or _unpack)(batch) for batch in data]
+    if isinstance(data, Mapping):
+        return (unpack or _unpack)(data)
+    with torch.random.fork_rng(devices=[]):  # iterating over a DataLoader draws from torch's global generator
+        pairs = [(unpack or _unpack)(batch) for batch in data]
     if not pairs:
         raise ValueError("data has no batches.")
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
@@ -43,6 +46,8 @@ def _unpack(batch: object) -> tuple[Tensor, Tensor]:
         )
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
+    if type(batch).__module__ == "numpy":
+        raise TypeError("data holds numpy arrays; pass tensors: (torch.as_tensor(x), torch.as_tensor(y)).")
     raise ValueError(
         f"A batch is a {type(batch).__name__}, not a pair of tensors (x, y) or a dict of them. Pass "
         "unpack=lambda batch: (x, y)."
@@ -60,6 +65,8 @@ def translate_loss(
         y: labels as the torch loss takes them.
         sigma: noise standard deviation, for MSELoss: one number, since one weight decay is one delta.
     """
+    if not isinstance(torch_loss, nn.Module):
+        raise TypeError(f"torch_loss must be a module such as nn.CrossEntropyLoss(); got {torch_loss!r}.")
     n, k = f.shape
     reduction = getattr(torch_loss, "reduction", None)
     if reduction not in ("mean", "sum"):

@@ -33,7 +33,8 @@ from .likelihoods import GGNLikelihood
 from .linearize import Linearization, Rows
 from .losses import Loss
 from .model_state import DIGEST_SIZE, described, digest
-from .numerics import require_finite
+from .numerics import in_plain_mode, require_finite, require_positive
+from .operators import Covariance
 from .prediction import Prediction, Stationarity
 from .predictive import predictive
 from .weights import GaussianWeights, Prior
@@ -66,7 +67,8 @@ class LaplaceGP(ExactGP):
             with ``phi = J^T r``): an n x n kernel whatever K is.
         input_shape, input_dtype: see :class:`Linearization`.
         prior_variance: see :class:`JacobianKernel`.
-        temperature: the loss is divided by it.
+        temperature: the loss is divided by it, so the noise of the dual Gaussian is multiplied; the labels' own is not.
+            The Laplace evidence then has ``log p(y|f) / T``, which is no density: compare it at one temperature only.
         residual_kernel: a GPyTorch kernel, such as ``ScaleKernel(MaternKernel())``, added to that of the net, the same
             for each output: far from the data the band widens to it whatever the features do. In function space;
             its hyperparameters are fitted by the evidence with the others. Its dtype is that of the net.
@@ -120,12 +122,15 @@ class LaplaceGP(ExactGP):
         self.mean_module = NetworkMean(lin)
         self.covar_module = JacobianKernel(lin, prior_precision, groups, prior_variance)
         self.residual_kernel = None if residual_kernel is None else copy.deepcopy(residual_kernel).to(lin.weights)
+        if features == "gradient" and not self.likelihood.per_example_noise and loss.has_noise and loss.noise.dim() > 0:
+            self.likelihood.raw_noise.requires_grad_(False)  # the rows r^T J depend on it: set it, do not learn it
         self.structure, self.features, self.requested_solver = structure, features, solver
         self.show_progress = progress
         self._set_data(train_x, train_y)
         self.register_load_state_dict_post_hook(_after_loading_state)
         self.eval()
 
+    @in_plain_mode
     def _set_data(self, x: Tensor, y: Tensor) -> None:
         lin, loss = self.linearization, self.loss
         x = lin.flatten_inputs(x).detach().clone()  # read again later: must not change with the user's
@@ -242,6 +247,7 @@ class LaplaceGP(ExactGP):
             return MultivariateNormal(mean, covariance)
         return MultitaskMultivariateNormal(mean, covariance)
 
+    @in_plain_mode
     def __call__(self, x: Tensor, **kwargs) -> MultivariateNormal:
         """Posterior of f at ``x`` ``(..., m, d)`` in eval mode; the prior at the training inputs in train mode.
 
@@ -283,6 +289,7 @@ class LaplaceGP(ExactGP):
                     )
         self._set_data(x, y)
 
+    @in_plain_mode
     def get_fantasy_model(self, inputs: Tensor | Sequence[Tensor], targets: Tensor, noise: Tensor | None = None, **_):
         """The GP conditioned on more data, in closed form; :meth:`condition_on` is the same.
 
@@ -294,7 +301,8 @@ class LaplaceGP(ExactGP):
             inputs: ``(b..., q, d)``.
             targets: labels ``(b..., q)`` or ``(b..., q, D)``; further leading dimensions are fantasies at the same
                 inputs, ``(f..., b..., q, D)``.
-            noise: sigma^2 of the new examples, ``(q,)`` or ``(q, K)``; needed where the noise was given per example.
+            noise: sigma^2 of the new examples, a number, ``(K,)`` or ``(q, K)``, or ``(q,)`` for one output; needed
+                where the noise was given per example.
 
         Returns:
             A new :class:`LaplaceGP`; with batch dimensions its posteriors have them too.
@@ -303,10 +311,7 @@ class LaplaceGP(ExactGP):
         x = lin.flatten_inputs(inputs if isinstance(inputs, Tensor) else inputs[0])
         if noise is None and self.likelihood.per_example_noise:
             raise ValueError("The noise was given for each training example: pass noise=, sigma^2 of the new ones.")
-        if noise is not None:
-            if self.noise is None:
-                raise ValueError(f"{self._loss_of(None)} has no noise; leave noise= out.")
-            noise = noise[:, None] if noise.dim() == 1 else noise
+        noise = self._noise_of_new(noise, x.shape[-2])
         any_noise = self._outputs.new_tensor(1.0) if self.likelihood.per_example_noise else None  # no matter for labels
         labels = canonical_labels(self._loss_of(any_noise), targets, x, self._labels, self._outputs)
         event_dims = self._labels.dim()
@@ -329,6 +334,29 @@ class LaplaceGP(ExactGP):
         )
         return new
 
+    def _noise_of_new(self, noise: Tensor | float | None, m: int) -> Tensor | None:
+        """sigma^2 of m new examples as ``(m, 1)`` or ``(m, K)``.
+
+        A number, per output ``(K,)``, or per example ``(m, 1)`` or ``(m, K)``, as of a Gaussian loss; ``(m,)`` for one
+        output.
+        """
+        if noise is None:
+            return None
+        if self.noise is None:
+            raise ValueError(f"{self._loss_of(None)} has no noise; leave noise= out.")
+        noise, k = torch.as_tensor(noise, dtype=self._outputs.dtype, device=self._outputs.device), self.num_outputs
+        if noise.dim() == 0 or noise.shape == (k,):
+            noise = noise.expand(m, k)
+        elif k == 1 and noise.shape == (m,):
+            noise = noise[:, None]
+        if noise.shape not in ((m, 1), (m, k)):
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; it must be sigma^2 of the {m} new examples: a number, ({k},) "
+                f"per output, or ({m}, 1) or ({m}, {k}) per example."
+            )
+        require_positive(noise, "noise")
+        return noise
+
     def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> LaplaceGP:
         """See :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(x, y, noise=noise)
@@ -341,6 +369,7 @@ class LaplaceGP(ExactGP):
         )
         return copy.deepcopy(self, {id(item): item for item in shared if item is not None})
 
+    @in_plain_mode
     def predict(
         self,
         x: Tensor,
@@ -360,7 +389,7 @@ class LaplaceGP(ExactGP):
             approximation: how f is averaged over; see :mod:`gpytorch_dnn2gp.predictive`. For classes "probit"
                 (default), "linear" (paper eq. 48), "bridge", "mc".
             num_samples: of "mc".
-            noise: sigma^2 of these examples, ``(m, K)``, where the noise was given per example.
+            noise: sigma^2 of these examples, a number, ``(K,)`` or ``(m, K)``, where the noise was given per example.
             joint: let ``f`` be joint over all examples, ``(m K) x (m K)``.
             generator: random numbers of "mc".
         """
@@ -370,8 +399,8 @@ class LaplaceGP(ExactGP):
                 "The noise was given for each training example, so that of new ones is not known, however many they "
                 "are: pass noise=, sigma^2 of shape (m, 1) or (m, K). gp(x), the posterior of f, needs none."
             )
-        loss = self._loss_of(noise)
         rows = self.linearization.rows(self.linearization.flatten_inputs(x))
+        loss = self._loss_of(self._noise_of_new(noise, rows.batch_shape[-1]))
         self._require_memory_for_blocks(rows)
         if joint:
             joint_covariance = self._joint_covariance(rows)
@@ -383,15 +412,24 @@ class LaplaceGP(ExactGP):
         if joint:
             f = self._distribution(center, joint_covariance)
         else:
-            f = MultivariateNormal(center, to_linear_operator(blocks))
+            f = MultivariateNormal(center, Covariance(blocks))
         labels = predictive(loss, center, blocks, approximation, num_samples, generator)
         return Prediction(labels.mean, labels.aleatoric, labels.epistemic, f, labels.y, labels.probs)
 
     # ---- what the GP is made of
 
+    @in_plain_mode
     def dual_data(self) -> dual.DualData:
         """The regression data of Theorem 1: inputs, targets ``y~`` and noise precision."""
         w = self.linearization.weights
+        n, k = self.train_inputs[0].shape[-2], 1 if self.features == "gradient" else self.num_outputs
+        tiling.require_memory(
+            3 * n * k * k,
+            self._outputs.dtype,
+            self._outputs.device,
+            f"The noise precisions of {n} examples, {k} x {k} each, with the work on them,",
+            "The posterior, predict() and the evidence need none of them.",
+        )
         with torch.no_grad():
             parts = [
                 (dual.dual_targets(splitting, rows.matmul(w)), dual.noise_precision(splitting))
@@ -400,11 +438,13 @@ class LaplaceGP(ExactGP):
         targets, precisions = zip(*parts, strict=True)
         return dual.DualData(self.train_inputs[0], torch.cat(targets), torch.cat(precisions))
 
+    @in_plain_mode
     def weight_posterior(self) -> GaussianWeights:
         """``N(w* - Sigma g, Sigma)`` over the selected weights."""
         posterior = self.posterior()
         return posterior.weights(self.linearization.weights - posterior.step)
 
+    @in_plain_mode
     def stationarity(self) -> Stationarity:
         """How far the net is from a stationary point."""
         w = self.linearization.weights
@@ -416,6 +456,7 @@ class LaplaceGP(ExactGP):
             decrement = (gradient @ self.posterior().step).clamp(min=0)
             return Stationarity(float(gradient.norm()), float(decrement))
 
+    @in_plain_mode
     def log_evidence(
         self, kind: str = "laplace", prior_precision: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
@@ -424,11 +465,23 @@ class LaplaceGP(ExactGP):
         Args:
             kind: "laplace" for the Laplace evidence, of any loss; "gp" for ``log N(y~; 0, k + Lambda^-1)``, which a
                 softmax does not have.
-            prior_precision, noise: evaluate at these instead of the GP's own.
+            prior_precision, noise: evaluate at these instead of the GP's own; numbers or tensors.
         """
         _require_one_of("kind", kind, ("laplace", "gp"))
         if kind == "gp" and self.structure == "diagonal":
             raise ValueError("structure='diagonal' has no GP evidence: its kernel is not the prior's. Use 'laplace'.")
+        if prior_precision is not None:
+            prior_precision = torch.as_tensor(prior_precision, dtype=self._outputs.dtype, device=self._outputs.device)
+            require_positive(prior_precision.detach(), "prior_precision")
+            prior_precision = prior_precision.expand(len(self.covar_module.groups))
+        if noise is not None:
+            noise = torch.as_tensor(noise, dtype=self._outputs.dtype, device=self._outputs.device)
+            require_positive(noise.detach(), "noise")
+            if self.features == "gradient" and self.noise.dim() > 0 and noise.requires_grad:
+                raise ValueError(
+                    "features='gradient' with one noise for each output, or example, has no gradient in it: the rows "
+                    "r^T J depend on it. Use one sigma for all outputs, or features='jacobian'."
+                )
         if torch.is_grad_enabled() or prior_precision is not None or noise is not None:
             posterior = self._posterior_at(prior_precision, noise)
         else:
@@ -437,6 +490,7 @@ class LaplaceGP(ExactGP):
         prior = self.covar_module.prior(prior_precision)
         return solvers.log_evidence(posterior, prior, splittings, self.linearization.weights, kind)
 
+    @in_plain_mode
     def posterior(self) -> solvers.Posterior:
         """The Gaussian over weights and outputs at the present hyperparameters, cached until one of them changes.
 
@@ -576,7 +630,8 @@ class LaplaceGP(ExactGP):
         return self.posterior().covariance(rows)
 
     def _distribution(self, mean: Tensor, covariance) -> MultivariateNormal:
-        covariance = to_linear_operator(covariance)  # a plain tensor would be factorised at once, singular or not
+        if isinstance(covariance, Tensor):  # which GPyTorch would factorise at once, singular or not
+            covariance = Covariance(covariance)
         covariance = covariance.expand(*mean.shape[:-2], *covariance.shape[-2:])
         if self.num_outputs == 1:
             return MultivariateNormal(mean.squeeze(-1), covariance)
@@ -623,6 +678,10 @@ class LaplaceGP(ExactGP):
         dtype = fn(self._inputs[:0]).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
+        # others may share the frozen net (the GP this one was conditioned from): move a copy
+        lin = copy.deepcopy(self.linearization)
+        for module in (self.mean_module, self.covar_module, self.likelihood):
+            module.linearization = lin
         result = super()._apply(fn)
         self._renew(fn)
         return result

@@ -88,7 +88,7 @@ class NetFunction:
     def __call__(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Outputs ``(n, K)`` at inputs ``(n, *input_shape)``; a net that returns ``(n,)`` has one output."""
         try:
-            out = functional_call(self.net, weights, (x,))
+            out = functional_call(self.net, weights, (x.clone(),))  # the net may change its input in place
         except Exception as error:
             error.add_note(
                 f"The net itself raised this, at inputs of shape {tuple(x.shape)} and {x.dtype}. Images and sequences "
@@ -209,8 +209,10 @@ class NetFunction:
             try:
                 with self._differentiable_kernels():
                     out = self._jvp_forward_mode(x, u)
-                self._forward_mode_works = True
-                return out
+                if self._forward_mode_works is None:
+                    self._forward_mode_works = self._agrees_with_reverse_mode(x)
+                if self._forward_mode_works:
+                    return out
             except _UNSUPPORTED:
                 if self._forward_mode_works:
                     raise
@@ -220,6 +222,20 @@ class NetFunction:
             for part in self.jacobian_chunks(x, self.num_outputs)
         ]
         return torch.cat(blocks, dim=-2)
+
+    @torch.no_grad()
+    def _agrees_with_reverse_mode(self, x: Tensor) -> bool:
+        """Whether ``v . (J u) = (J^T v) . u``.
+
+        Forward mode passes through ``torch.no_grad()`` in a net, where reverse mode stops.
+        """
+        x = x[:1].detach()
+        u = torch.cos(torch.arange(1.0, 1 + self.num_weights, dtype=self.dtype, device=x.device))
+        v = torch.sin(torch.arange(1.0, 1 + self.num_outputs, dtype=self.dtype, device=x.device))
+        forward = v * self._jvp_forward_mode(x, u[None])[0, 0]
+        reverse = self.vjp(x, v[None]) * u
+        scale = forward.norm() + reverse.norm()
+        return bool((forward.sum() - reverse.sum()).abs() <= 10 * torch.finfo(self.dtype).eps ** 0.5 * scale)
 
     def _jvp_forward_mode(self, x: Tensor, u: Tensor) -> Tensor:
         weights = self.weight_dict()
@@ -239,7 +255,8 @@ class NetFunction:
             grads = torch.autograd.grad(
                 f, leaves, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
             )
-        return torch.cat([grad.flatten() for grad in grads])
+        dense = (grad.to_dense() if grad.is_sparse else grad for grad in grads)  # nn.Embedding(sparse=True)
+        return torch.cat([grad.flatten() for grad in dense])
 
     def _chunks(self, x: Tensor, elements_per_example: int) -> list[slice]:
         if len(x) == 0:

@@ -25,8 +25,8 @@ from torch.autograd import forward_ad
 
 from . import tiling
 from .linearize import Linearization
-from .numerics import require_finite, require_like, require_positive
-from .operators import FeatureGram, NoisyFeatureGram
+from .numerics import in_plain_mode, require_finite, require_like, require_positive
+from .operators import Covariance, FeatureGram, NoisyFeatureGram
 from .weights import Prior, WeightGroups, weight_groups
 
 
@@ -142,7 +142,7 @@ class WeightSpaceStrategy(DefaultPredictionStrategy):
         mean = test_mean + (test.root @ weights).squeeze(-1)
         if gpytorch.settings.skip_posterior_variances.on():
             return mean, ZeroLinearOperator(*test.shape, dtype=mean.dtype, device=mean.device)
-        return mean, to_linear_operator(train.conditional_gram(test.root))
+        return mean, Covariance(train.conditional_gram(test.root))
 
     def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):
         """With more data: taken afresh, as by GPyTorch's strategy for linear kernels; Jacobians of old data are kept.
@@ -360,6 +360,7 @@ class NetworkMean(Mean):
             require_finite(weights, "weights")
         self.register_buffer("prior_mean", weights)
 
+    @in_plain_mode
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         away = self.linearization.weights

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import gram as _gram
 from . import tiling
 from .jacobians import NetFunction
-from .numerics import first_index, require_finite
+from .numerics import first_index, in_plain_mode, require_finite
 
 
 class Linearization(nn.Module):
@@ -49,6 +49,10 @@ class Linearization(nn.Module):
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module; got {type(net).__name__}.")
+        if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise TypeError(f"{type(net).__name__} only distributes a net: pass the net itself, net.module.")
+        if isinstance(net, torch.jit.ScriptModule):
+            raise TypeError("A traced or scripted net cannot be copied and differentiated here: pass the nn.Module.")
         names = select_parameters(net, params)
         _require_usable(net)
         self.net = _frozen_copy(net)
@@ -107,26 +111,31 @@ class Linearization(nn.Module):
 
     # ---- values and derivatives
 
+    @in_plain_mode
     def forward(self, x: Tensor) -> Tensor:
         """Outputs ``f(x)``, ``(..., n, K)``."""
         rows = self.rows(x)
         return self.function.outputs(rows.x).unflatten(0, rows.batch_shape)
 
+    @in_plain_mode
     def jacobian(self, x: Tensor) -> Tensor:
         """``J(x)``, ``(..., n, K, P)``, weights in ``named_parameters`` order."""
         rows = self.rows(x)
         return self.function.jacobian(rows.x).unflatten(0, rows.batch_shape)
 
+    @in_plain_mode
     def jvp(self, x: Tensor, u: Tensor) -> Tensor:
         """``J(x) u`` for ``u`` ``(P,)``: ``(..., n, K)``; for ``u`` ``(m, P)``: ``(m, ..., n, K)``."""
         rows = self.rows(x)
         return rows.matmul(u).unflatten(-2, rows.batch_shape)
 
+    @in_plain_mode
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
         """``sum_i J_i^T v_i``, ``(P,)``, summed over all examples, for ``v`` ``(..., n, K)``."""
         rows = self.rows(x)
         return rows.rmatmul(v.reshape(rows.num_examples, -1))
 
+    @in_plain_mode
     def gram(self, x1: Tensor, x2: Tensor | None = None, prior_variance: Tensor | None = None) -> Tensor:
         """``J(x1) S0 J(x2)^T``, ``(..., n1 K, n2 K)``, examples first, outputs fastest; S0 = diag(prior_variance) or I.
 
@@ -140,6 +149,7 @@ class Linearization(nn.Module):
         a = rows1.batched_features(prior_variance)
         return a @ (a if rows2 is None else rows2.batched_features(prior_variance)).mT
 
+    @in_plain_mode
     def gram_blocks(self, x: Tensor, prior_variance: Tensor | None = None) -> Tensor:
         """The ``K x K`` blocks ``J(x_i) S0 J(x_i)^T``, ``(..., n, K, K)``."""
         rows = self.rows(x)
@@ -260,9 +270,16 @@ class Linearization(nn.Module):
         if self._expect_last is not None and last and last[-1] != self._expect_last:
             raise ValueError(
                 f"params='last_layer' took '{self._expect_last}', the last layer that the net registers, but "
-                f"'{last[-1]}' is the last to run. Name it: params=['{last[-1]}']."
+                f"'{last[-1] or 'the net itself'}' is the last to run. {self._advice(last[-1])}"
             )
         self._checked = True
+
+    def _advice(self, last: str) -> str:
+        """How to name the parameters of the layer that runs last."""
+        module = self.net.get_submodule(last)
+        names = {id(parameter): name for name, parameter in self.net.named_parameters()}  # of shared ones the first
+        own = [names[id(parameter)] for parameter in module.parameters(recurse=False)]
+        return f"Name its parameters: params={own}."
 
 
 class Rows:
@@ -292,7 +309,9 @@ class Rows:
     def flat(self, part: slice = slice(None)) -> Rows:
         """Some of the examples, without batch dimensions."""
         x = self.x[part]
-        return Rows(self.function, x, x.shape[:1], None if self.cotangents is None else self.cotangents[part])
+        rows = Rows(self.function, x, x.shape[:1], None if self.cotangents is None else self.cotangents[part])
+        rows._features = None if self._features is None else self._features[part]
+        return rows
 
     def flat_inputs(self) -> Tensor:
         """The inputs as vectors, ``(..., n, d)``, in the weights' dtype."""
@@ -460,5 +479,32 @@ def _require_usable(net: nn.Module) -> None:
 
 
 def _frozen_copy(net: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, without gradients (``deepcopy`` of a parameter leaves its ``.grad`` behind)."""
-    return copy.deepcopy(net).eval().requires_grad_(False)
+    """A deep copy in eval mode, without gradients (``deepcopy`` of a parameter leaves its ``.grad`` behind).
+
+    Forward hooks are part of what a net computes and stay (weight norm is one); backward hooks would change J, or run
+    into the user's objects, and go.
+    """
+    # Activations that a module has kept, and weights that a hook computes, are no leaves: deepcopy refuses those.
+    memo = {
+        id(value): value.detach().clone()
+        for module in net.modules()
+        for value in _tensors(vars(module))
+        if not value.is_leaf
+    }
+    frozen = copy.deepcopy(net, memo).eval().requires_grad_(False)
+    for module in frozen.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return frozen
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Tensors in an attribute, or in the lists, tuples and dicts it is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

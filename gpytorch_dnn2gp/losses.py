@@ -40,7 +40,7 @@ from torch.distributions import Distribution
 from torch.func import grad, jacrev, vmap
 from torch.nn.functional import log_softmax, logsigmoid
 
-from .numerics import first_index, require_positive
+from .numerics import first_index, positive_root, require_positive
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Loss", "Poisson", "from_callable"]
 
@@ -706,50 +706,6 @@ class _CallableLoss(Loss):
     def __repr__(self):
         given = [f"{k}=..." for k, v in (("fisher", self._fisher), ("conditional", self._conditional)) if v is not None]
         return f"from_callable({', '.join([getattr(self._fn, '__name__', '...'), *given])})"
-
-
-def positive_root(a: Tensor, name: str, cure: str = "", tolerance: float | None = None) -> Tensor:
-    """Root ``R R^T = a`` of ``(..., n, K, K)``: the Cholesky factor of each if it has one, else the symmetric root.
-
-    Eigenvalues between ``-tolerance`` and zero are rounding and count as zero; smaller ones are an error. Where ``a``
-    is singular it has first derivatives alone, along changes that keep it positive semidefinite.
-
-    Args:
-        a: symmetric positive semidefinite.
-        name, cure: what it is and what to do, for the error.
-        tolerance: ``None`` takes 100 K units of rounding of the largest eigenvalue, or of one if that is larger.
-    """
-    bad = ~torch.isfinite(a).flatten(-2).all(-1)
-    if bad.any():
-        raise ValueError(f"{name} is not finite for example {first_index(bad)}.")
-    root, failed = torch.linalg.cholesky_ex(a)
-    failed = failed > 0
-    if not failed.any():
-        return root
-    singular = a[failed]
-    eigenvalues, V = torch.linalg.eigh(singular.detach())
-    smallest = eigenvalues[:, 0]
-    if tolerance is None:
-        largest = a.detach().diagonal(dim1=-2, dim2=-1).abs().max().item()
-        tolerance = 100 * a.shape[-1] * torch.finfo(a.dtype).eps * max(1.0, largest)
-    bad = smallest < -tolerance
-    if bad.any():
-        index = failed.nonzero()[bad][0].tolist()
-        raise ValueError(
-            f"{name} is not positive semidefinite for {int(bad.sum())} of {failed.numel()} examples, first for example "
-            f"{index[0] if len(index) == 1 else tuple(index)}: its smallest eigenvalue is "
-            f"{smallest[bad][0].item():.6g}.{cure}"
-        )
-    sigma = eigenvalues.clamp(min=0).sqrt()
-    # R^2 = a, so dR R + R dR = da: in the basis of eigenvectors dR_ij = da_ij / (sigma_i + sigma_j)
-    sums = sigma.unsqueeze(-1) + sigma.unsqueeze(-2)
-    change = V.mT @ (singular - singular.detach()) @ V
-    change = torch.where(sums > 0, change / torch.where(sums > 0, sums, 1.0), 0.0)
-    symmetric = V @ (torch.diag_embed(sigma) + change) @ V.mT
-    # A failed factor has no derivative, not even one that is then multiplied by zero.
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    root = torch.linalg.cholesky(torch.where(failed[..., None, None], eye, a))
-    return root.index_put(failed.nonzero(as_tuple=True), symmetric)
 
 
 def _halves(f: Tensor) -> tuple[Tensor, Tensor]:

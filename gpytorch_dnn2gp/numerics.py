@@ -6,6 +6,8 @@ arithmetic and jitter is the exception.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,36 @@ from torch import Tensor
 # An answer whose relative error may exceed this is announced. It is the tolerance promised for float32.
 PROMISED_TOLERANCE = 1e-3
 LOG_2PI = math.log(2 * math.pi)
+
+
+def in_plain_mode(function: Callable) -> Callable:
+    """Run ``function`` without autocast and outside inference mode, whatever mode the caller is in.
+
+    Autocast would take the algebra to half precision; tensors made in inference mode could never be differentiated,
+    and caches outlive the call that fills them. Within inference mode no gradients are recorded, as the caller expects.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        inference = torch.is_inference_mode_enabled()
+        if not kinds and not inference:
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            if inference:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                args = [_plain(arg) for arg in args]
+                kwargs = {name: _plain(arg) for name, arg in kwargs.items()}
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _plain(arg: object) -> object:
+    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
 
 
 class NumericalWarning(RuntimeWarning):
@@ -210,3 +242,47 @@ def conjugate_gradients(
             stacklevel=4,
         )
     return z * size
+
+
+def positive_root(a: Tensor, name: str, cure: str = "", tolerance: float | None = None) -> Tensor:
+    """Root ``R R^T = a`` of ``(..., n, K, K)``: the Cholesky factor of each if it has one, else the symmetric root.
+
+    Eigenvalues between ``-tolerance`` and zero are rounding and count as zero; smaller ones are an error. Where ``a``
+    is singular it has first derivatives alone, along changes that keep it positive semidefinite.
+
+    Args:
+        a: symmetric positive semidefinite.
+        name, cure: what it is and what to do, for the error.
+        tolerance: ``None`` takes 100 K units of rounding of the largest eigenvalue, or of one if that is larger.
+    """
+    bad = ~torch.isfinite(a).flatten(-2).all(-1)
+    if bad.any():
+        raise ValueError(f"{name} is not finite for example {first_index(bad)}.")
+    root, failed = torch.linalg.cholesky_ex(a)
+    failed = failed > 0
+    if not failed.any():
+        return root
+    singular = a[failed]
+    eigenvalues, V = torch.linalg.eigh(singular.detach())
+    smallest = eigenvalues[:, 0]
+    if tolerance is None:
+        largest = a.detach().diagonal(dim1=-2, dim2=-1).abs().max().item()
+        tolerance = 100 * a.shape[-1] * torch.finfo(a.dtype).eps * max(1.0, largest)
+    bad = smallest < -tolerance
+    if bad.any():
+        index = failed.nonzero()[bad][0].tolist()
+        raise ValueError(
+            f"{name} is not positive semidefinite for {int(bad.sum())} of {failed.numel()} examples, first for example "
+            f"{index[0] if len(index) == 1 else tuple(index)}: its smallest eigenvalue is "
+            f"{smallest[bad][0].item():.6g}.{cure}"
+        )
+    sigma = eigenvalues.clamp(min=0).sqrt()
+    # R^2 = a, so dR R + R dR = da: in the basis of eigenvectors dR_ij = da_ij / (sigma_i + sigma_j)
+    sums = sigma.unsqueeze(-1) + sigma.unsqueeze(-2)
+    change = V.mT @ (singular - singular.detach()) @ V
+    change = torch.where(sums > 0, change / torch.where(sums > 0, sums, 1.0), 0.0)
+    symmetric = V @ (torch.diag_embed(sigma) + change) @ V.mT
+    # A failed factor has no derivative, not even one that is then multiplied by zero.
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    root = torch.linalg.cholesky(torch.where(failed[..., None, None], eye, a))
+    return root.index_put(failed.nonzero(as_tuple=True), symmetric)

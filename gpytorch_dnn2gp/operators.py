@@ -1,5 +1,6 @@
 """Linear operators of a model that is linear in its weights: the Gram of features, alone and with noise.
 
+    Covariance          a dense posterior covariance, with an exact root
     FeatureGram         phi phi^T                  (N, N)
     NoisyFeatureGram    A = phi phi^T + D          (N, N), D block-diagonal with n blocks of K x K, N = n K
 
@@ -23,6 +24,7 @@ import torch
 from linear_operator import LinearOperator
 from linear_operator.operators import (
     BlockDiagLinearOperator,
+    BlockInterleavedLinearOperator,
     DenseLinearOperator,
     DiagLinearOperator,
     RootLinearOperator,
@@ -30,9 +32,36 @@ from linear_operator.operators import (
     ZeroLinearOperator,
 )
 from linear_operator.utils.getitem import _is_noop_index as is_everything
+from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from .numerics import cholesky, first_index, log_det_from_cholesky, symmetrize
+from .numerics import PROMISED_TOLERANCE, cholesky, first_index, log_det_from_cholesky, positive_root, symmetrize
+
+
+class Covariance(DenseLinearOperator):
+    """A dense covariance with an exact root, for samples that have it.
+
+    linear_operator takes the root of a large matrix (``max_cholesky_size``, 800) from 100 steps of Lanczos, and adds
+    jitter to a singular one. This one takes the Cholesky factor, or the symmetric root where there is none.
+    """
+
+    @cached(name="root_decomposition")
+    def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
+        """``R`` with ``R R^T`` this matrix, for any ``method``.
+
+        Raises:
+            ValueError: eigenvalues are more negative than rounding explains.
+        """
+        largest = float(self.tensor.detach().diagonal(dim1=-2, dim2=-1).max()) if self.tensor.numel() else 1.0
+        tolerance = PROMISED_TOLERANCE * largest  # less is within the accuracy that the matrix itself is promised to
+        advice = " Use float64, or solver='weight_space'."
+        return RootLinearOperator(positive_root(self.tensor[None], "The covariance", advice, tolerance)[0])
+
+    def __add__(self, other: LinearOperator | Tensor) -> LinearOperator:
+        """Noise, block-diagonal or diagonal, keeps it what it is."""
+        if isinstance(other, BlockDiagLinearOperator | BlockInterleavedLinearOperator | DiagLinearOperator):
+            return Covariance(self.tensor + other.to_dense())
+        return super().__add__(other)
 
 
 class FeatureGram(LinearOperator):

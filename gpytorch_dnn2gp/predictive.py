@@ -42,8 +42,8 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Mu
 from torch.nn.functional import log_softmax, logsigmoid
 
 from . import losses
-from .losses import Loss, positive_root
-from .numerics import NumericalWarning, cholesky, first_index, require_finite, require_like
+from .losses import Loss
+from .numerics import NumericalWarning, cholesky, first_index, positive_root, require_finite, require_like
 
 __all__ = ["LabelMoments", "approximations", "predictive"]
 

@@ -316,8 +316,13 @@ class _FunctionSpacePosterior(Posterior):
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         befores, afters = [], []
-        for part, u in rows.blocks():
+        # Each part costs the Jacobians of the training data once, unless these are kept: parts as large as may be.
+        for part in tiling.chunks(
+            rows.num_examples,
+            tiling.rows_that_fit(rows.num_rows * rows.num_weights, self.rows.function.dtype, rows.x.device),
+        ):
             here = rows.flat(part)
+            u = here.features()
             white = self._white(u.flatten(0, 1), here).unflatten(1, u.shape[:2])
             u = u * self.prior.variance.sqrt()
             before = u @ u.mT
@@ -366,6 +371,8 @@ class Iterative(Solver):
 
 
 class _IterativePosterior(Posterior):
+    COLUMNS = 32  # right-hand sides that small problems take at once
+
     @torch.no_grad()
     def __init__(self, solver: Iterative, prior: Prior, splitting: Splitting) -> None:
         self.rows, self.splitting, self.progress = solver.rows, splitting, solver.progress
@@ -452,9 +459,13 @@ class _IterativePosterior(Posterior):
         return out
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
-        examples = tiling.progress(range(rows.num_examples), "Conjugate gradients, by example", self.progress)
-        blocks = [self._columns(rows.flat(slice(i, i + 1)), show=False)[0, :, 0] for i in examples]
-        return torch.stack(blocks).unflatten(0, rows.batch_shape)
+        # Several examples of few outputs share the passes over the data; what they have in common is left out.
+        parts = tiling.chunks(rows.num_examples, max(1, self.COLUMNS // rows.num_rows))
+        blocks = [
+            self._columns(rows.flat(part), show=False).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            for part in tiling.progress(parts, "Conjugate gradients, by example", self.progress)
+        ]
+        return torch.cat(blocks).unflatten(0, rows.batch_shape)
 
     def weights(self, mean: Tensor) -> GaussianWeights:
         def rows_matmul(u: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpytorch_dnn2gp import losses
+from gpytorch_dnn2gp.numerics import positive_root
 
 N, K = 5, 4
 float64 = torch.float64
@@ -647,18 +648,18 @@ def test_positive_root_of_definite_singular_and_zero_matrices():
     a = A @ A.mT
     a[1] = A[1, :, :1] @ A[1, :, :1].mT
     a[2] = 0
-    root = losses.positive_root(a, "a")
+    root = positive_root(a, "a")
     assert_close(root @ root.mT, a, rtol=1e-12, atol=1e-14)
-    assert_close(losses.positive_root(a[1:2], "a"), root[1:2])  # whatever its neighbours
+    assert_close(positive_root(a[1:2], "a"), root[1:2])  # whatever its neighbours
     a[3] -= 10 * torch.eye(3, dtype=float64)
     with pytest.raises(ValueError, match="first for example 3"):
-        losses.positive_root(a, "a")
+        positive_root(a, "a")
 
 
 def test_the_root_of_a_singular_matrix_has_a_derivative():
     # R R^T = a for every a that stays singular, so the derivative of R R^T is that of a.
     def square_of_root(A):
-        root = losses.positive_root(A @ A.mT, "a")
+        root = positive_root(A @ A.mT, "a")
         return root @ root.mT
 
     for A in (randn(2, 3, 1), torch.cat([randn(1, 3, 3), randn(1, 3, 1) @ randn(1, 1, 3)])):
@@ -668,7 +669,7 @@ def test_the_root_of_a_singular_matrix_has_a_derivative():
         (there,) = torch.autograd.grad((weight * (A @ A.mT)).sum(), A)
         assert_close(here, there, rtol=1e-6, atol=1e-6)
     zero = torch.zeros(1, 3, 3, dtype=float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(losses.positive_root(zero, "a").sum(), zero)
+    (gradient,) = torch.autograd.grad(positive_root(zero, "a").sum(), zero)
     assert torch.isfinite(gradient).all()
 
 
