@@ -22,7 +22,7 @@ class AddedData:
     Attributes:
         inputs: ``(b..., q, d)``.
         labels: canonical, ``(f..., b..., q, D)``, or ``(f..., b..., q)`` for class indices.
-        noise: sigma^2 of these examples ``(q, 1)`` or ``(q, K)`` where it was given, else None for the GP's own.
+        noise: sigma^2 of these examples ``(q, K)`` where it was given, NaN for the GP's own; None where none was given.
         rows: at ``inputs``.
         outputs: of the net, ``(f..., b..., q, K)``.
     """
@@ -46,13 +46,16 @@ class AddedData:
         """``(f..., b...)``."""
         return self.outputs.shape[:-2]
 
-    def then(
-        self, inputs: Tensor, labels: Tensor, noise: Tensor | None, own_noise: Tensor | None, event_dims: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, labels and noise of these data and later ones: conditioning twice is conditioning once on both.
+    def noise_or(self, own: Tensor | None) -> Tensor | None:
+        """sigma^2 of these examples, where ``own`` is the GP's."""
+        if self.noise is None or not self.noise.isnan().any():
+            return own if self.noise is None else self.noise
+        return torch.where(self.noise.isnan(), own, self.noise)
 
-        Where the noise was given for one part only, the other keeps ``own_noise``, the GP's at present.
-        """
+    def then(
+        self, inputs: Tensor, labels: Tensor, noise: Tensor | None, event_dims: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, labels and noise of these data and later ones: conditioning twice is conditioning once on both."""
         inputs_batch = torch.broadcast_shapes(self.inputs.shape[:-2], inputs.shape[:-2])
         batch = torch.broadcast_shapes(self.batch_shape, labels.shape[: labels.dim() - event_dims], inputs_batch)
         both = [expand_batch(part, batch, event_dims) for part in (self.labels, labels)]
@@ -61,8 +64,9 @@ class AddedData:
             return all_inputs, torch.cat(both, len(batch)), None
         k = self.outputs.shape[-1]
         sizes = (self.inputs.shape[-2], inputs.shape[-2])
+        own = inputs.new_tensor(torch.nan)
         noises = [
-            (own_noise.detach() if part is None else part).expand(size, k)
+            (own if part is None else part).expand(size, k)
             for part, size in zip((self.noise, noise), sizes, strict=True)
         ]
         return all_inputs, torch.cat(both, len(batch)), torch.cat(noises)

@@ -109,6 +109,8 @@ class LaplaceGP(ExactGP):
         if structure == "diagonal" and solver != "auto":
             raise ValueError("structure='diagonal' needs no solver: leave solver='auto'.")
         if residual_kernel is not None:
+            if not isinstance(residual_kernel, Kernel):
+                raise TypeError(f"residual_kernel must be a GPyTorch kernel; got {type(residual_kernel).__name__}.")
             if structure != "full" or features != "jacobian" or solver not in ("auto", "function_space"):
                 raise ValueError(
                     "residual_kernel works in function space: leave structure='full', features='jacobian' and solver="
@@ -255,6 +257,11 @@ class LaplaceGP(ExactGP):
             ``MultivariateNormal`` for one output, else ``MultitaskMultivariateNormal`` over ``(m, K)``, interleaved.
         """
         x = self.linearization.flatten_inputs(x)
+        if self.training and self._added is not None and self._added.noise is not None:
+            raise ValueError(
+                "This GP was conditioned on examples with noise of their own, which its likelihood does not know in "
+                "train mode. Its evidence is gp.log_evidence(kind='gp') or LaplaceMarginalLogLikelihood."
+            )
         if self.training or gpytorch.settings.prior_mode.on() or self.train_inputs is None:
             return super().__call__(x, **kwargs)
         rows = self.linearization.rows(x)
@@ -275,6 +282,11 @@ class LaplaceGP(ExactGP):
             targets: labels, as ``train_y`` of the constructor; None keeps the present ones.
             strict: whether shapes, dtypes and devices must be those of the present data.
         """
+        if self._added is not None and self._added.noise is not None:
+            raise ValueError(
+                "This GP was conditioned on examples with noise of their own, which set_train_data would forget: build "
+                "a new GP with Gaussian(sigma), one sigma per example."
+            )
         inputs = inputs if isinstance(inputs, Tensor | None) else inputs[0]
         x = self.train_inputs[0] if inputs is None else self.linearization.flatten_inputs(inputs)
         y = self.train_labels if targets is None else targets
@@ -313,10 +325,18 @@ class LaplaceGP(ExactGP):
             raise ValueError("The noise was given for each training example: pass noise=, sigma^2 of the new ones.")
         noise = self._noise_of_new(noise, x.shape[-2])
         any_noise = self._outputs.new_tensor(1.0) if self.likelihood.per_example_noise else None  # no matter for labels
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"Labels must be a tensor; got {type(targets).__name__}.")
+        if x.shape[-2] == 0:
+            raise ValueError("There are no new examples to condition on.")
         labels = canonical_labels(self._loss_of(any_noise), targets, x, self._labels, self._outputs)
-        event_dims = self._labels.dim()
+        return self._with(x, labels, noise)
+
+    def _with(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> LaplaceGP:
+        """The GP with these checked data added to those it has."""
+        lin, event_dims = self.linearization, self._labels.dim()
         if self._added is not None:
-            x, labels, noise = self._added.then(x, labels, noise, self.noise, event_dims)
+            x, labels, noise = self._added.then(x, labels, noise, event_dims)
 
         new = self._shallow_copy()
         new._added = added = AddedData.at(lin, x, labels, noise, event_dims)
@@ -330,7 +350,7 @@ class LaplaceGP(ExactGP):
         new.train_labels = both(self._labels, added.labels)
         new.train_targets = both(
             _output_targets(self.loss, self._outputs, self._labels),
-            _output_targets(self._loss_of(noise), added.outputs, added.labels),
+            _output_targets(self._loss_of(added.noise_or(self.noise)), added.outputs, added.labels),
         )
         return new
 
@@ -360,6 +380,15 @@ class LaplaceGP(ExactGP):
     def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> LaplaceGP:
         """See :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(x, y, noise=noise)
+
+    def __deepcopy__(self, memo: dict) -> LaplaceGP:
+        # Added data may carry a graph, which cannot be copied and need not be: nothing writes into them.
+        kept = (self._added, self._conditioned, *self.train_inputs, self.train_targets, self.train_labels)
+        memo.update({id(item): item for item in kept if item is not None})
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
     def _shallow_copy(self) -> LaplaceGP:
         """A copy with hyperparameters of its own, which shares the frozen net, the data and all that was computed."""
@@ -401,6 +430,8 @@ class LaplaceGP(ExactGP):
             )
         rows = self.linearization.rows(self.linearization.flatten_inputs(x))
         loss = self._loss_of(self._noise_of_new(noise, rows.batch_shape[-1]))
+        if rows.num_examples == 0:  # torch has no distribution of nothing
+            raise ValueError("There are no inputs to predict at.")
         self._require_memory_for_blocks(rows)
         if joint:
             joint_covariance = self._joint_covariance(rows)
@@ -453,7 +484,10 @@ class LaplaceGP(ExactGP):
             for splitting, rows in self._all_data("stationarity"):
                 gradient = gradient + rows.rmatmul(splitting.v)
             # g^T (Sigma g): unlike the solver's own form it does not cancel near a stationary point
-            decrement = (gradient @ self.posterior().step).clamp(min=0)
+            decrement = gradient @ self.posterior().step
+            if self.residual_kernel is not None:  # whose function moves too, besides the weights
+                decrement = self.posterior().newton_decrement
+            decrement = decrement.clamp(min=0)
             return Stationarity(float(gradient.norm()), float(decrement))
 
     @in_plain_mode
@@ -549,7 +583,7 @@ class LaplaceGP(ExactGP):
 
     def _added_splitting(self, noise: Tensor | None = None) -> Splitting:
         added = self._added
-        loss = self._loss_of(noise if added.noise is None else added.noise)
+        loss = self._loss_of(noise if added.noise is None else added.noise_or(self.noise if noise is None else noise))
         return Splitting(loss, added.outputs, added.labels, self.features, self.likelihood.temperature)
 
     def _all_data(self, what: str) -> list[tuple[Splitting, Rows]]:
@@ -599,6 +633,8 @@ class LaplaceGP(ExactGP):
     def _mean(self, rows: Rows, kind: str) -> Tensor:
         """The net's outputs, moved by the Gauss-Newton step of all data ("posterior") or of added data only."""
         f = self.linearization.function.outputs(rows.x).unflatten(0, rows.batch_shape)
+        if rows.num_examples == 0:
+            return f
         if kind == "posterior":
             return f - self.posterior().shift(rows)
         return f if self._added is None else f - self.posterior().added_shift(rows)
@@ -614,6 +650,8 @@ class LaplaceGP(ExactGP):
         )
 
     def _joint_covariance(self, rows: Rows):
+        if rows.num_examples == 0:
+            return self._outputs.new_zeros(*rows.batch_shape[:-1], 0, 0)
         if gpytorch.settings.skip_posterior_variances.on():
             size = rows.batch_shape[-1] * self.num_outputs
             return ZeroLinearOperator(
@@ -693,7 +731,7 @@ class LaplaceGP(ExactGP):
         if added is None:
             return
         noise = None if added.noise is None else fn(added.noise)
-        moved = self.get_fantasy_model(fn(added.inputs), fn(added.labels), noise=noise)
+        moved = self._with(fn(added.inputs), fn(added.labels), noise)
         self._added, self.train_inputs = moved._added, moved.train_inputs
         self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
 

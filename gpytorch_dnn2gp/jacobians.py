@@ -112,6 +112,8 @@ class NetFunction:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Outputs ``(n, K)`` at the net's own weights, in chunks."""
+        if len(x) == 0 and self.num_outputs is not None:
+            return torch.zeros(0, self.num_outputs, dtype=self.dtype, device=x.device)
         if x.requires_grad and torch.is_grad_enabled():
             return self(self.weight_dict(), x)
         self._measure(x)
@@ -146,6 +148,8 @@ class NetFunction:
     def jacobian_rows(self, x: Tensor, cotangents: Tensor | None, part: slice) -> Tensor:
         """All rows of the examples of one chunk: ``vmap`` where torch can, else a loop."""
         x, cotangents = x[part], None if cotangents is None else cotangents[part]
+        if len(x) == 0:
+            return torch.zeros(0, self.num_rows(x, cotangents), self.num_weights, dtype=self.dtype, device=x.device)
         if self._vmap_works is False:
             return self._jacobian_loop(x, cotangents)
         try:

@@ -240,7 +240,8 @@ class Linearization(nn.Module):
     @torch.no_grad()
     def _check_net(self, x: Tensor) -> None:
         """One row per example, no randomness, no influence of another example; once, on two examples."""
-        both = torch.cat([x[:1], _another_example(x)])
+        copies = 8  # of one example: what is random now and then shows in one of them
+        both = torch.cat([x[:1].expand(copies, *x.shape[1:]), _another_example(x)])
         last: list[str] = []
         handles = [
             module.register_forward_hook(lambda *_, name=name: last.append(name))
@@ -252,12 +253,19 @@ class Linearization(nn.Module):
             with torch.random.fork_rng(devices=devices):
                 pair, again = self.function.outputs(both), self.function.outputs(both)
                 alone = self.function.outputs(x[:1])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "The net cannot take one example alone: it normalises by the batch at hand. Normalise by running "
+                "statistics or by the example itself (BatchNorm in eval mode, LayerNorm, GroupNorm)."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
         require_finite(alone, "The net's output for the first example", "Scale the inputs as in training.")
         tolerance = 10 * math.sqrt(torch.finfo(self.dtype).eps) * (1 + alone.abs().max())
-        if (pair[:1] - again[:1]).abs().max() > tolerance:
+        if max((each[:copies] - pair[:1]).abs().max() for each in (pair, again)) > tolerance:
             raise ValueError(
                 "The net gives different outputs for the same input in eval mode. Remove what is random in it "
                 "(functional dropout without training=self.training, sampling)."

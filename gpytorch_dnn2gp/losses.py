@@ -617,12 +617,13 @@ class _CallableLoss(Loss):
         return y
 
     def _map(self, fn: Callable, f: Tensor, y: Tensor) -> Tensor:
-        """``fn`` for each example; ``y`` is ``(n, ...)`` whatever the leading dimensions of ``f``."""
-        if len(y) != f.shape[-2]:
+        """``fn`` for each example; ``y`` has the leading dimensions of ``f``, or is ``(n, ...)`` for all of them."""
+        batched = f.ndim > 2 and y.shape[: f.ndim - 1] == f.shape[:-1]
+        if not batched and len(y) != f.shape[-2]:
             raise ValueError(f"{len(y)} labels for {f.shape[-2]} examples.")
         mapped = vmap(fn)
         for _ in range(f.ndim - 2):
-            mapped = vmap(mapped, in_dims=(0, None))
+            mapped = vmap(mapped, in_dims=(0, 0 if batched else None))
         try:
             return mapped(f, y)
         except RuntimeError as error:

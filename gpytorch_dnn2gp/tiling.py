@@ -87,8 +87,8 @@ def rows_that_fit(elements_per_row: int, dtype: torch.dtype, device: torch.devic
 
 
 def chunks(num_items: int, length: int) -> list[slice]:
-    """Slices that cover ``range(num_items)``, each of at most ``length``."""
-    return [slice(start, min(start + length, num_items)) for start in range(0, num_items, length)]
+    """Slices that cover ``range(num_items)``, each of at most ``length``; an empty one for no items."""
+    return [slice(start, min(start + length, num_items)) for start in range(0, num_items, length)] or [slice(0, 0)]
 
 
 def progress(items: Iterable | None, description: str, show: bool | None = None, **kwargs) -> tqdm:

@@ -1,5 +1,7 @@
 """New data in closed form: conditioning a GP is building it with all the data and the same frozen net."""
 
+import copy
+
 import gpytorch
 import pytest
 import torch
@@ -306,3 +308,69 @@ def test_a_gp_and_one_conditioned_from_it_do_not_share_the_residual_kernel():
     conditioned = gp.condition_on(x[N:], y[N:])
     gp.residual_kernel.outputscale = 50.0
     assert_same_posterior(conditioned, dnn2gp.LaplaceGP(net, x, y, loss, 0.7, residual_kernel=kernel), x_test)
+
+
+def test_noise_given_to_some_leaves_the_gps_own_to_the_others():
+    _, net, x, y, x_test = problem("one output")
+    gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], dnn2gp.losses.Gaussian(0.3), 0.7)
+    conditioned = gp.condition_on(x[N : N + 2], y[N : N + 2]).condition_on(x[N + 2 :], y[N + 2 :], noise=0.5)
+    conditioned.noise = 0.9
+    noise = torch.full((N + Q, 1), 0.9, dtype=F64)
+    noise[N + 2 :] = 0.5
+    full = dnn2gp.LaplaceGP(net, x, y, dnn2gp.losses.Gaussian(noise.sqrt()), 0.7)
+    assert_same_posterior(conditioned, full, x_test)
+    own = torch.tensor(0.9, dtype=F64, requires_grad=True)
+    assert gradcheck(lambda s: conditioned.log_evidence(noise=s), own)
+    with pytest.raises(ValueError, match="would forget"):
+        conditioned.set_train_data(targets=conditioned.train_labels)
+    with pytest.raises(ValueError, match="log_evidence"):
+        conditioned.train()(*conditioned.train_inputs)
+
+
+@pytest.mark.parametrize("fisher", [None, lambda f: torch.eye(2, dtype=f.dtype).expand(*f.shape, 2) * 3])
+def test_fantasies_with_a_loss_of_ones_own(fisher):
+    _, net, x, y, x_test = problem("gaussian")
+    loss = dnn2gp.losses.from_callable(lambda f, label: 1.5 * ((f - label) ** 2).sum(), fisher=fisher)
+    gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7)
+    inputs, labels = torch.stack([x[N:], x[:Q]]), torch.randn(3, 2, Q, 2, dtype=F64)
+    fantasies = gp.get_fantasy_model(inputs, labels)(x_test)
+    alone = gp.condition_on(inputs[1], labels[2, 1])(x_test)
+    assert_close(fantasies.mean[2, 1], alone.mean)
+    assert_close(fantasies.covariance_matrix[2, 1], alone.covariance_matrix)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
+def test_no_test_points(setting):
+    loss, net, x, y, _ = problem("gaussian")
+    gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7, **setting)
+    for model in (gp, gp.condition_on(x[N:], y[N:])):
+        assert model(x[:0]).mean.shape == (0, 2)
+        assert model(x[:0]).covariance_matrix.shape == (0, 0)
+        with pytest.raises(ValueError, match="no inputs to predict"):
+            model.predict(x[:0])
+    with pytest.raises(ValueError, match="no new examples"):
+        gp.condition_on(x[:0], y[:0])
+
+
+def test_a_gp_conditioned_on_inputs_with_a_graph_can_be_copied():
+    loss, net, x, y, x_test = problem("one output")
+    gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7)
+    new = x[N:].clone().requires_grad_() * 1.0
+    conditioned = gp.condition_on(new, y[N:])
+    expected = conditioned(x_test)
+    copied = copy.deepcopy(conditioned)
+    assert torch.equal(copied(x_test).mean, expected.mean)
+    copied.prior_precision = 3.0
+    assert torch.equal(conditioned(x_test).mean, expected.mean)
+
+
+def test_stationarity_counts_the_residual_functions_move():
+    loss, net, x, y, _ = problem("one output")
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel())
+    gp = dnn2gp.LaplaceGP(net, x, y, loss, 0.7, residual_kernel=kernel)
+    gap = float((gp.log_evidence("gp") - gp.log_evidence("laplace")).detach())
+    assert gp.stationarity().evidence_gap == pytest.approx(gap, rel=1e-8)
+    with pytest.raises(TypeError, match="GPyTorch kernel"):
+        dnn2gp.LaplaceGP(net, x, y, loss, residual_kernel="rbf")
+    with pytest.raises(TypeError, match="tensor"):
+        gp.condition_on(x[:1], [0.0])

@@ -282,3 +282,32 @@ def test_what_is_no_torch_loss_or_no_tensor():
         dnn2gp.LaplaceGP.from_training(net, (x.numpy(), y.numpy()), nn.CrossEntropyLoss(), 1e-3)
     gp = dnn2gp.LaplaceGP.from_training(net, {"inputs": x, "labels": y}, nn.CrossEntropyLoss(), 1e-3)
     assert len(gp.train_labels) == 8
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_nets_that_are_random_in_eval_mode_are_found(rate):
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(nn.functional.dropout(torch.relu(self.body(x)), rate))
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="different outputs for the same input"):
+            dnn2gp.Linearization(Random().to(F64))(torch.randn(4, 3, dtype=F64))
+
+
+def test_functional_batch_norm_is_found():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(nn.functional.batch_norm(x, None, None, training=True))
+
+    with pytest.raises(ValueError, match="normalises by the batch"):
+        dnn2gp.Linearization(Normalised().to(F64))(torch.randn(4, 3, dtype=F64))
