@@ -67,6 +67,8 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         noise: the training examples' noise, fixed: covariances ``(n, K, K)``, or ``(n,)`` for one output. New examples
             have that of the loss, if there is one.
         train_inputs: ``(n, d)``, the inputs of these examples; without them the noise is known in train mode alone.
+        num_outputs: K. It is needed where one noise for all outputs and no linearization leave open whether samples of
+            f are ``(..., n)`` or ``(..., n, K)``; distributions of f have it.
 
     Calling it on a distribution of f, ``likelihood(gp(x), x)``, adds the noise at ``x``; ``noise=`` gives it instead,
     ``(..., n, K, K)``, or ``(..., n)`` for one output.
@@ -84,8 +86,10 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         temperature: float = 1.0,
         noise: Tensor | None = None,
         train_inputs: Tensor | None = None,
+        num_outputs: int | None = None,
     ) -> None:
         super().__init__(noise_covar=None)
+        self._given_num_outputs = num_outputs
         if loss is None and noise is None:
             raise ValueError("GGNLikelihood needs a loss, or the training examples' noise=, or both.")
         self._loss = loss
@@ -117,6 +121,9 @@ class GGNLikelihood(_GaussianLikelihoodBase):
                     f"noise is that of {len(given)} examples, but there are {len(train_inputs)} train_inputs."
                 )
         self.register_buffer("train_inputs", train_inputs)
+        known = self._known_num_outputs()
+        if num_outputs is not None and (num_outputs < 1 or known not in (None, num_outputs)):
+            raise ValueError(f"num_outputs is {num_outputs}; net and noise have {known or 'at least one'}.")
 
     # ---- hyperparameters
 
@@ -286,6 +293,7 @@ class GGNLikelihood(_GaussianLikelihoodBase):
             inputs is None or noise.shape[-3] == inputs.shape[-2]
         )
         added = noise.detach() if blocks else noise.detach()[..., None, None]
+        _require_covariances(added)
         shape = torch.Size((*train_inputs.shape[:-1], added.shape[-1]))
         before = self.noise_covariance(train_inputs, shape).detach()
         if new.per_example_noise:
@@ -322,11 +330,16 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         return kind(function_dist.mean, total, **options)
 
     def forward(self, function_samples: Tensor, *params, noise: Tensor | None = None, **_) -> Distribution:
-        """``p(y~ | f)``: for one output ``(..., n)`` normals, else ``(..., n)`` normals of K entries each."""
-        if self._num_outputs == 1:
-            blocks = self.noise_covariance(_first_tensor(params), torch.Size((*function_samples.shape, 1)), noise)
+        """``p(y~ | f)``: for one output ``(..., n)`` normals, else ``(..., n)`` normals of K entries each.
+
+        Raises:
+            ValueError: the number of outputs is not known, see the class.
+        """
+        x = _first_tensor(params)
+        if self._num_outputs_of(function_samples, x, noise) == 1:
+            blocks = self.noise_covariance(x, torch.Size((*function_samples.shape, 1)), noise)
             return Normal(function_samples, blocks[..., 0, 0].sqrt())
-        blocks = self.noise_covariance(_first_tensor(params), function_samples.shape, noise)
+        blocks = self.noise_covariance(x, function_samples.shape, noise)
         return TorchMultivariateNormal(function_samples, blocks.expand(*function_samples.shape, -1))
 
     def log_marginal(
@@ -352,13 +365,34 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (off.square().sum((-2, -1)) + spread + log_det + mean.shape[-1] * math.log(2 * math.pi))
 
-    @property
-    def _num_outputs(self) -> int:
+    def _known_num_outputs(self) -> int | None:
+        """K, from the net, the noise given, or a noise for each output; None where these do not tell."""
         if self.linearization is not None and self.linearization.function.num_outputs is not None:
             return self.linearization.num_outputs
         if self._given_covariances is not None:
             return self._given_covariances.shape[-1]
-        return 1 if self.noise is None or self.noise.dim() == 0 else self.noise.shape[-1]
+        noise = self.noise
+        if noise is None or noise.dim() == 0 or (self.per_example_noise and noise.shape[-1] == 1):
+            return None
+        return noise.shape[-1]
+
+    def _num_outputs_of(self, samples: Tensor, x: Tensor | None, noise: Tensor | None) -> int:
+        """K of samples of f, which are ``(..., n)`` for one output, else ``(..., n, K)``."""
+        if self._given_num_outputs is not None:
+            return self._given_num_outputs
+        if self.linearization is not None and self.linearization.function.num_outputs is None and x is not None:
+            self.linearization(x[..., :1, :] if x.dim() > 1 else x[:1, None])
+        known = self._known_num_outputs()
+        if known is not None:
+            return known
+        if samples.dim() < 2:
+            return 1
+        if noise is not None and noise.dim() > 2 and noise.shape[-3:] == (*samples.shape[-2:], samples.shape[-1]):
+            return samples.shape[-1]
+        raise ValueError(
+            f"Samples of f of shape {tuple(samples.shape)} may be (..., n) of one output or (..., n, K) of several: "
+            "construct GGNLikelihood with num_outputs=K, or with a linearization."
+        )
 
 
 def _noise_of(likelihood: GGNLikelihood) -> Tensor:
@@ -377,24 +411,32 @@ def _as_covariances(noise: Tensor) -> Tensor:
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}; it must be covariances (n, K, K), or variances (n,) for one output."
         )
+    _require_covariances(noise)
+    return noise
+
+
+def _require_covariances(noise: Tensor) -> None:
+    """Raise a ``ValueError`` that names the first of ``noise`` ``(..., n, K, K)`` that is no covariance."""
+    noise = noise.detach()
     require_finite(noise, "noise")
     bad = torch.linalg.cholesky_ex(noise).info != 0
     bad |= (noise - noise.mT).abs().amax((-2, -1)) > 1e-6 * noise.abs().amax((-2, -1))
     if bad.any():
         raise ValueError(f"The noise covariance at index {first_index(bad)} is not symmetric and positive definite.")
-    return noise
 
 
 def _fitting(noise: Tensor, shape: torch.Size) -> Tensor:
     """Noise given for f of ``shape`` ``(..., n, K)``: ``(..., n, K, K)``."""
     n, k = shape[-2:]
-    if noise.shape[-3:] == (n, k, k):
-        return noise
-    if k == 1 and noise.shape[-1:] == (n,):
-        return noise[..., None, None]
-    raise ValueError(
-        f"noise has shape {tuple(noise.shape)}; it must be the covariances (..., {n}, {k}, {k}) of these {n} examples."
-    )
+    if noise.shape[-3:] != (n, k, k):
+        if k > 1 or noise.shape[-1:] != (n,):
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; it must be the covariances (..., {n}, {k}, {k}) of these {n} "
+                "examples."
+            )
+        noise = noise[..., None, None]
+    _require_covariances(noise)
+    return noise
 
 
 def _cat(before: Tensor, after: Tensor, event_dims: int = 3) -> Tensor:

@@ -57,10 +57,18 @@ class _Contract:
 
 class TestGaussianLoss(_Contract, BaseLikelihoodTestCase, unittest.TestCase):
     def create_likelihood(self):
-        return dnn2gp.GGNLikelihood(dnn2gp.losses.Gaussian(0.8))
+        return dnn2gp.GGNLikelihood(dnn2gp.losses.Gaussian(0.8), num_outputs=self.num_outputs)
 
 
 class TestGaussianLossAfterBotorch(TestGaussianLoss):
+    settings = staticmethod(botorch_on)
+
+
+class TestGaussianLossOutputs(TestGaussianLoss):
+    num_outputs = 2
+
+
+class TestGaussianLossOutputsAfterBotorch(TestGaussianLossOutputs):
     settings = staticmethod(botorch_on)
 
 
@@ -156,6 +164,25 @@ def test_given_f_labels_have_the_noise(k):
     assert_close(y.mean, f)
     variance = noise.diagonal(dim1=-2, dim2=-1).squeeze(-1)
     assert_close(y.variance, variance.expand(f.shape))
+
+
+def test_how_many_outputs_samples_of_f_have():
+    loss, samples = dnn2gp.losses.Gaussian(0.3), torch.randn(7, 5, 2)
+    y = dnn2gp.GGNLikelihood(loss, num_outputs=2)(samples)
+    assert (y.batch_shape, y.event_shape) == ((7, 5), (2,))
+    assert_close(y.log_prob(samples), torch.distributions.Normal(samples, 0.3).log_prob(samples).sum(-1))
+    assert dnn2gp.GGNLikelihood(loss, num_outputs=1)(samples).batch_shape == (7, 5, 2)
+    lin = dnn2gp.Linearization(mlp(num_outputs=2).float())
+    assert dnn2gp.GGNLikelihood(loss, lin)(samples, torch.randn(5, 2)).batch_shape == (7, 5)
+    unknown = dnn2gp.GGNLikelihood(loss)
+    assert unknown(samples[0, :, 0]).batch_shape == (5,)
+    noise = covariances(5, 2, torch.float32)
+    assert unknown(samples, noise=noise).batch_shape == (7, 5)
+    with pytest.raises(ValueError, match=r"shape \(7, 5, 2\) may be .*num_outputs=K"):
+        unknown(samples)
+    for number in (0, 3):
+        with pytest.raises(ValueError, match=f"num_outputs is {number}; net and noise have"):
+            dnn2gp.GGNLikelihood(dnn2gp.losses.Gaussian([0.3, 0.8]), num_outputs=number)
 
 
 # ---- whose noise
@@ -270,6 +297,27 @@ def test_noise_of_another_shape_is_refused(shape):
     likelihood = dnn2gp.GGNLikelihood(dnn2gp.losses.Gaussian(0.3))
     with pytest.raises(ValueError, match="must be the covariances"):
         likelihood(distribution(6, 2), noise=torch.ones(shape, dtype=F64))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_bad_noise_given_to_a_call_is_refused(k):
+    likelihood = dnn2gp.GGNLikelihood(dnn2gp.losses.Gaussian(0.3)).eval()
+    f, noise, x = distribution(6, k), covariances(6, k), torch.randn(6, 2, dtype=F64)
+    given = dnn2gp.GGNLikelihood(noise=noise, train_inputs=x)
+    third = torch.tensor(3)
+    for bad, message in [
+        (noise.index_fill(0, third, torch.nan), "noise has .*NaN"),
+        (noise.index_fill(0, third, torch.inf), "noise has .*NaN or infinite"),
+        (noise.index_fill(0, third, 0.0), "noise covariance at index 3 is not"),
+        (noise.index_copy(0, third, -noise[3:4]), "noise covariance at index 3 is not"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            likelihood(f, noise=bad)
+        with pytest.raises(ValueError, match=message):
+            given.get_fantasy_likelihood(noise=bad, inputs=x + 1)
+    if k == 1:
+        with pytest.raises(ValueError, match="index 2 is not"):
+            likelihood(f, noise=torch.ones(6, dtype=F64).index_fill(0, torch.tensor(2), -1.0))
 
 
 def test_bad_given_noise_is_refused_at_once():
