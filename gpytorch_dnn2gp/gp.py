@@ -32,7 +32,19 @@ from .laplace import FEATURES, Splitting
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization, Rows
 from .losses import Loss
-from .model_state import DIGEST_SIZE, described, digest
+from .model_state import (
+    DIGEST_SIZE,
+    before_loading,
+    close,
+    described,
+    digest,
+    forget,
+    has_new_net,
+    hyperparameters,
+    is_own,
+    loss_values,
+    restore,
+)
 from .numerics import in_plain_mode, require_finite, require_positive
 from .operators import Covariance
 from .prediction import Prediction, Stationarity
@@ -129,6 +141,8 @@ class LaplaceGP(ExactGP):
         self.structure, self.features, self.requested_solver = structure, features, solver
         self.show_progress = progress
         self._set_data(train_x, train_y)
+        for module in self._parts():
+            module.register_load_state_dict_pre_hook(before_loading)
         self.register_load_state_dict_post_hook(_after_loading_state)
         self.eval()
 
@@ -687,12 +701,18 @@ class LaplaceGP(ExactGP):
             "groups": self.covar_module.groups.index(torch.device("cpu")).tolist(),
             "kind": [type(self).__name__, self.structure, self.features],
             "residual_kernel": None if self.residual_kernel is None else described(self.residual_kernel),
+            "hyperparameters": [hyperparameters(module) for module in self._parts()],
         }
         data = [self._inputs, self._labels]
         if added is not None:
             data += [added.inputs, added.labels, *_present(added.noise)]
         outputs = self._outputs.detach().double().flatten()
-        return torch.cat([outputs.new_tensor(digest(structure, data)), outputs])
+        values = [value.double().flatten() for value in self._own_loss_values(self._outputs)]
+        return torch.cat([outputs.new_tensor(digest(structure, data)), outputs, *values])
+
+    def _own_loss_values(self, outputs: Tensor) -> list[Tensor]:
+        loss = self.likelihood.loss
+        return list(loss_values(loss, outputs, self._labels).values()) if is_own(loss) else []
 
     def set_extra_state(self, state: Tensor) -> None:
         """Called by ``load_state_dict`` before anything is loaded.
@@ -701,15 +721,33 @@ class LaplaceGP(ExactGP):
             ValueError: the state is of a GP with other data, loss or structure.
         """
         own = self.get_extra_state()
-        if len(state) != len(own) or not torch.equal(state[:DIGEST_SIZE].to(own), own[:DIGEST_SIZE]):
+        same = len(state) == len(own) and torch.equal(state[:DIGEST_SIZE].to(own), own[:DIGEST_SIZE])
+        if same:
+            outputs, values = state[DIGEST_SIZE:].to(self._outputs).tensor_split([self._outputs.numel()])
+            outputs = outputs.reshape(self._outputs.shape)
+            for value in self._own_loss_values(outputs):
+                saved, values = values.tensor_split([value.numel()])
+                same = same and close(value.flatten(), saved)
+        if not same:
+            self._restore()  # an mll loads the likelihood first
             raise ValueError(
                 "This state_dict is of a GP with other training data, another loss or another structure; with it this "
                 "one would predict something else. Build the GP on the same data first, or use gpytorch_dnn2gp.save "
                 "and load, which keep the data; to take over hyperparameters alone, set prior_precision and noise."
             )
-        net = self.linearization.net
-        before = [tensor.clone() for tensor in (*net.parameters(), *net.buffers())]
-        self._loading = (state[DIGEST_SIZE:].to(self._outputs).reshape(self._outputs.shape), before)
+        self._loading = outputs
+
+    def _parts(self) -> list[nn.Module]:
+        parts = (self.mean_module, self.covar_module, self.likelihood, self.residual_kernel)
+        return [module for module in parts if module is not None]
+
+    def _restore(self) -> None:
+        for module in self._parts():
+            restore(module)
+
+    def _use_linearization(self, lin: Linearization) -> None:
+        for module in (self.mean_module, self.covar_module, self.likelihood):
+            module.linearization = lin
 
     def _apply(self, fn):
         # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
@@ -717,9 +755,7 @@ class LaplaceGP(ExactGP):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         # others may share the frozen net (the GP this one was conditioned from): move a copy
-        lin = copy.deepcopy(self.linearization)
-        for module in (self.mean_module, self.covar_module, self.likelihood):
-            module.linearization = lin
+        self._use_linearization(copy.deepcopy(self.linearization))
         result = super()._apply(fn)
         self._renew(fn)
         return result
@@ -738,20 +774,25 @@ class LaplaceGP(ExactGP):
 
 def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
     """Where ``load_state_dict`` changed the net, outputs and sums follow; the outputs must be the saved ones."""
-    outputs, before = gp.__dict__.pop("_loading", (None, None))
-    net = gp.linearization.net
-    now = (*net.parameters(), *net.buffers())
-    if before is not None and all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
-        return
-    gp._renew(lambda tensor: tensor)
-    if outputs is None:  # strict=False, and not there
-        return
-    if (gp._outputs - outputs).abs().max() > 10 * torch.finfo(outputs.dtype).eps ** 0.5 * (1 + outputs.abs().max()):
-        raise ValueError(
-            "The state_dict fits this GP's net in names and shapes, but the net it was taken from computes something "
-            "else. Build this GP from a net of the same activations, normalisations and constructor arguments."
-        )
-    gp._outputs = outputs
+    outputs = gp.__dict__.pop("_loading", None)  # None with strict=False, where it is not there
+    changed = has_new_net(gp.covar_module)
+    try:
+        gp._use_linearization(gp.linearization)
+        f = gp.linearization(gp._inputs).detach() if changed else gp._outputs
+        if outputs is not None and not close(f, outputs):
+            raise ValueError(
+                "The state_dict fits this GP's net in names and shapes, but the net it was taken from computes "
+                "something else. Build this GP from a net of the same activations, normalisations and constructor "
+                "arguments."
+            )
+        if changed:
+            gp._renew(lambda tensor: tensor)
+            gp._outputs = gp._outputs if outputs is None else outputs
+    except BaseException:
+        gp._restore()
+        raise
+    for module in gp._parts():
+        forget(module)
 
 
 def _output_targets(loss: Loss, f: Tensor, labels: Tensor) -> Tensor:

@@ -148,3 +148,115 @@ def test_a_loaded_file_takes_a_state_dict(tmp_path):
     gp.prior_precision = torch.tensor(2.0, dtype=F64)
     loaded.load_state_dict(gp.state_dict())
     same_bits(what_it_says(gp, p), what_it_says(loaded, p))
+
+
+@pytest.mark.parametrize("name", ["prior_precision", "noise"])
+@pytest.mark.parametrize("transform", ["softplus", "square"])
+def test_another_transform_of_a_hyperparameter_raises(name, transform):
+    """The raw value would mean another one."""
+    p = problem("gaussian")
+    other, constraint = p.gp(0.7), gpytorch.constraints.Positive()
+    if transform == "square":
+        constraint = gpytorch.constraints.Positive(transform=torch.square, inv_transform=torch.sqrt)
+    module = other.likelihood if name == "noise" else other.covar_module
+    module.register_constraint(f"raw_{name}", constraint)
+    other.prior_precision, other.noise = 2.0, 2.0
+    for a, b in ((other, p.gp(0.7)), (p.gp(0.7), other)):
+        said = what_it_says(a, p)
+        with pytest.raises(ValueError, match="another structure"):
+            a.load_state_dict(b.state_dict())
+        same_bits(said, what_it_says(a, p))
+
+
+def test_another_transform_in_a_residual_kernel_raises():
+    p, kernel = problem("gaussian"), gpytorch.kernels.RBFKernel
+    exp = gpytorch.constraints.Positive(transform=torch.exp, inv_transform=torch.log)
+    with pytest.raises(ValueError, match="another structure"):
+        p.gp(0.7, residual_kernel=kernel()).load_state_dict(
+            p.gp(0.7, residual_kernel=kernel(lengthscale_constraint=exp)).state_dict()
+        )
+
+
+def test_bounds_come_along():
+    p = problem("gaussian")
+    gp, other = p.gp(0.7), p.gp(3.0)
+    for model, bounds in ((gp, (0.01, 7.0)), (other, (0.1, 50.0))):
+        model.covar_module.register_constraint("raw_prior_precision", gpytorch.constraints.Interval(*bounds))
+    gp.prior_precision, other.prior_precision = 0.7, 3.0
+    other.load_state_dict(gp.state_dict())
+    same_bits(what_it_says(gp, p), what_it_says(other, p))
+
+
+def loss_of_ones_own(scale: float) -> dnn2gp.losses.Loss:
+    return dnn2gp.losses.from_callable(lambda f, y: scale * torch.cosh(f - y).log().sum())
+
+
+def link_of_ones_own(scale: float) -> dnn2gp.losses.Loss:
+    return dnn2gp.losses.HeteroscedasticGaussian("natural", link=lambda f: scale * f.exp())
+
+
+@pytest.mark.parametrize("loss", [loss_of_ones_own, link_of_ones_own])
+def test_functions_of_ones_own_are_compared_by_value(loss):
+    """Their names are the same, as here of all lambdas."""
+    p = problem("gaussian")
+
+    def gp(scale: float, seed: int) -> dnn2gp.LaplaceGP:
+        return dnn2gp.LaplaceGP(randomized(mlp(num_outputs=2), seed), p.x, y, loss(scale), 0.7)
+
+    y = p.y if loss is link_of_ones_own else torch.cat([p.y, -p.y], 1)
+    state = gp(1.0, 1).state_dict()
+    with pytest.raises(ValueError, match="another loss"):
+        gp(2.0, 1).load_state_dict(state)
+    other = gp(1.0, 2)
+    other.load_state_dict(state)
+    assert torch.equal(other(p.x_test).covariance_matrix, gp(1.0, 1)(p.x_test).covariance_matrix)
+
+
+@pytest.mark.parametrize("through_mll", [False, True])
+def test_others_that_share_the_net_stay_as_they_are(through_mll):
+    p = problem("gaussian")
+    lin = dnn2gp.Linearization(p.net)
+    one, two = (dnn2gp.LaplaceGP(lin, p.x, p.y, p.loss(), 0.7) for _ in range(2))
+    sources = [p.gp(2.0), p.gp(2.0)]
+    q = copy.copy(p)
+    q.net = randomized(copy.deepcopy(p.net), 9)
+    sources = [q.gp(2.0), p.gp(2.0)]
+    more = one.condition_on(p.x_test, p.y[:3])
+    for source in sources:
+        said, said_more, weights = what_it_says(two, p), what_it_says(more, p), lin.weights.clone()
+        if through_mll:
+            mll = dnn2gp.mlls.LaplaceMarginalLogLikelihood
+            mll(one.likelihood, one).load_state_dict(mll(source.likelihood, source).state_dict())
+        else:
+            one.load_state_dict(source.state_dict())
+        same_bits(what_it_says(source, p), what_it_says(one, p))
+        same_bits(said, what_it_says(two, p))
+        two._clear_solver(), more._clear_solver()
+        same_bits(said, what_it_says(two, p))
+        same_bits(said_more, what_it_says(more, p))
+        assert torch.equal(lin.weights, weights)
+        assert one.mean_module.linearization is one.likelihood.linearization is one.linearization
+
+
+@pytest.mark.parametrize("through_mll", [False, True])
+@pytest.mark.parametrize("same_weights", [False, True])
+@pytest.mark.parametrize("why", ["computes something else", "other training data"])
+def test_a_refused_state_changes_nothing(why, same_weights, through_mll):
+    p = problem("gaussian")
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).double() if "computes" in why else mlp()
+    net = randomized(net, 9)
+    if same_weights:
+        net.load_state_dict(p.net.state_dict())
+    y = p.y if "computes" in why else p.y + 1
+    gp, source = p.gp(0.7), dnn2gp.LaplaceGP(net, p.x, y, p.loss(), 3.0)
+    source.noise = 4.0
+    said, lin, state = what_it_says(gp, p), gp.linearization, copy.deepcopy(gp.state_dict())
+    mll = dnn2gp.mlls.LaplaceMarginalLogLikelihood
+    a, b = (mll(gp.likelihood, gp), mll(source.likelihood, source)) if through_mll else (gp, source)
+    with pytest.raises(ValueError, match=why):
+        a.load_state_dict(b.state_dict())
+    same_bits(said, what_it_says(gp, p))
+    same_bits(state, gp.state_dict())
+    assert gp.linearization is gp.likelihood.linearization is gp.mean_module.linearization is lin
+    gp._clear_solver()
+    same_bits(said, what_it_says(gp, p))
