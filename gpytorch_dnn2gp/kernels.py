@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from . import tiling
 from .linearize import Linearization
+from .model_state import digest
 from .numerics import in_plain_mode, require_finite, require_like, require_positive
 from .operators import Covariance, FeatureGram, NoisyFeatureGram
 from .weights import Prior, WeightGroups, weight_groups
@@ -48,11 +49,25 @@ def log_positive() -> Positive:
 class _PriorStructure(nn.Module):
     """What is fixed of the weight prior: it moves with the kernel and is no batched hyperparameter of it."""
 
-    def __init__(self, groups: WeightGroups, base_variance: Tensor | None, device: torch.device) -> None:
+    def __init__(self, groups: WeightGroups, base_variance: Tensor | None, lin: Linearization) -> None:
         super().__init__()
         self.groups = groups
-        self.register_buffer("group_index", groups.index(device), persistent=False)
+        self.register_buffer("group_index", groups.index(lin.device), persistent=False)
         self.register_buffer("base_variance", base_variance)
+        # which weights there are and which share a precision, so that a state_dict is recognised
+        described = {"params": [list(lin.param_names), list(lin.param_sizes)]}
+        identity = digest(described, [groups.index(torch.device("cpu"))])
+        self.register_buffer("identity", torch.tensor(identity, dtype=torch.uint8, device=lin.device))
+
+
+def _require_same_identity(kernel: JacobianKernel, state: dict, prefix: str, *_) -> None:
+    """Called before any of ``state`` is loaded into the kernel."""
+    own, saved = kernel.structure.identity, state.get(f"{prefix}structure.identity")
+    if saved is not None and not torch.equal(saved.to(own), own):
+        raise ValueError(
+            "This state_dict is of a JacobianKernel with other params or other groups of weights, so its precisions "
+            "belong to other weights. Build the kernel with the params and groups of the one that was saved."
+        )
 
 
 class _Jacobians:
@@ -122,6 +137,24 @@ def _has_gradient(x: Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
 
 
+def _same_inputs(x1: Tensor, x2: Tensor) -> bool:
+    """Whether one root serves both: equal values, and where a derivative is taken, the same part of the same tensor."""
+    if x1 is x2:
+        return True
+    if x1.shape != x2.shape:
+        return False
+    gradients = _has_gradient(x1), _has_gradient(x2)
+    if not any(gradients):
+        return torch.equal(x1, x2)
+    # as where a joint covariance of training and test points is indexed
+    views = all(gradients) and x1.grad_fn is not None and x2.grad_fn is not None and x1._base is not None
+    return views and x1._base is x2._base and _place(x1) == _place(x2)
+
+
+def _place(x: Tensor) -> tuple:
+    return x.storage_offset(), x.stride()
+
+
 class WeightSpaceStrategy(DefaultPredictionStrategy):
     """Posterior of a :class:`JacobianKernel` in the user's own ``ExactGP``, on the smaller side of :mod:`operators`.
 
@@ -180,7 +213,8 @@ class JacobianKernel(Kernel):
 
     Args:
         net: module (copied, frozen) or :class:`Linearization`.
-        prior_precision: delta, a number, or one entry per group of weights.
+        prior_precision: delta, a number, or one entry per group of weights; for a batch of kernels with one group one
+            entry per kernel, and ``(*batch_shape, G)`` in general.
         groups: partition of the parameters, each entry a name, a prefix or a list of them; None means all weights for
             one precision, and the parameter tensors for several.
         prior_variance: ``(P,)``, a fixed diagonal prior covariance, as from VOGN; ones by default.
@@ -218,7 +252,9 @@ class JacobianKernel(Kernel):
         require_positive(delta.detach(), "prior_precision")
         if delta.dim() > len(batch_shape) + 1:
             raise ValueError(f"prior_precision has shape {tuple(delta.shape)}; give a number or one entry per group.")
-        num_precisions = 1 if delta.dim() in (0, len(batch_shape)) else delta.shape[-1]
+        num_precisions = 1 if delta.dim() == 0 else delta.shape[-1]
+        if batch_shape and (groups is not None or delta.dim() <= len(batch_shape)):
+            num_precisions = 1  # a batch of precisions is fitted to the groups once these are known
         partition = weight_groups(lin.param_names, lin.param_sizes, groups, num_precisions)
         if prior_variance is not None:
             if prior_variance.shape != (lin.num_weights,):
@@ -229,7 +265,8 @@ class JacobianKernel(Kernel):
             require_like(prior_variance, lin.weights, "prior_variance", "the net")
             require_positive(prior_variance, "prior_variance")
             prior_variance = prior_variance.detach().clone()
-        self.structure = _PriorStructure(partition, prior_variance, lin.device)
+        self.structure = _PriorStructure(partition, prior_variance, lin)
+        self.register_load_state_dict_pre_hook(_require_same_identity)
         self._jacobians = _Jacobians()
 
         raw = torch.zeros(*batch_shape, len(partition), dtype=lin.dtype, device=lin.device)
@@ -259,14 +296,17 @@ class JacobianKernel(Kernel):
         raw = self.raw_prior_precision
         value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
         require_positive(value.detach(), "prior_precision")
-        if value.dim() == len(self.batch_shape):
+        given, batch_shape, num_groups = value.shape, self.batch_shape, raw.shape[-1]
+        if num_groups == 1 and 0 < value.dim() <= len(batch_shape):
             value = value.unsqueeze(-1)
         try:
-            value = value.expand(self.raw_prior_precision.shape)
+            value = value.expand(raw.shape)
         except RuntimeError:
+            groups = f"{num_groups} groups {self.structure.groups.names}"
+            batch = f"; for a batch of kernels give shape (*batch_shape, G) = {tuple(raw.shape)}" if batch_shape else ""
             raise ValueError(
-                f"prior_precision has shape {tuple(value.shape)}; it must be a number or have one entry for each of "
-                f"the {len(self.structure.groups)} groups {self.structure.groups.names}."
+                f"prior_precision has shape {tuple(given)}; it must be a number or have one entry for each of the "
+                f"{groups}{batch}."
             ) from None
         self.initialize(raw_prior_precision=self.raw_prior_precision_constraint.inverse_transform(value))
 
@@ -292,7 +332,10 @@ class JacobianKernel(Kernel):
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """K."""
         if self.linearization.function.num_outputs is None:
-            self.linearization(x1[..., :1, :])
+            x = x1[..., :1, :]
+            if self.active_dims is not None and x.shape[-1] != len(self.active_dims):  # a sum asks before it selects
+                x = x.index_select(-1, self.active_dims)
+            self.linearization(x)
         return self.linearization.num_outputs
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -307,7 +350,7 @@ class JacobianKernel(Kernel):
         """See ``gpytorch.kernels.Kernel.forward``."""
         if last_dim_is_batch:
             raise RuntimeError("JacobianKernel does not accept last_dim_is_batch: a net reads all dimensions at once.")
-        lin, same = self.linearization, x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
+        lin, same = self.linearization, _same_inputs(x1, x2)
         num_rows = self.num_outputs_per_input(x1, x2) * (x1.shape[:-1].numel() + x2.shape[:-1].numel())
         small = bool(self.batch_shape) or tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
         if diag:
@@ -325,6 +368,9 @@ class JacobianKernel(Kernel):
         return WeightSpaceStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
     def _apply(self, fn, *args, **kwargs):
+        dtype = fn(self.raw_prior_precision.detach().flatten()[:0]).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"JacobianKernel cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         self._jacobians.clear()
         return super()._apply(fn, *args, **kwargs)
 

@@ -1,5 +1,6 @@
 """JacobianKernel in a user's own ExactGP: GPyTorch's contract, posteriors, hyperparameters, work done once."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -377,6 +378,99 @@ def test_state_dict_round_trip():
     other(p.x).to_dense()  # what it keeps must not outlive its net
     other.load_state_dict(kernel.state_dict())
     assert_close(other(p.x).to_dense(), kernel(p.x).to_dense())
+
+
+@pytest.mark.parametrize("net", ["same", "other"])
+def test_a_state_dict_with_other_groups_or_params_is_refused(net):
+    p = problem("gaussian_per_output")
+    other_net = p.net if net == "same" else randomized(mlp(num_outputs=2), 3)
+    kernel = dnn2gp.JacobianKernel(p.net, [0.5, 2.0], ["0", "2"])
+    for groups, params in [
+        (["2", "0"], None),
+        ([["0.weight", "2"], "0.bias"], None),
+        (["0.weight", "0.bias"], ["0.weight", "0.bias"]),
+    ]:
+        other = UserGP(
+            p.x,
+            p.y,
+            gpytorch.likelihoods.GaussianLikelihood(),
+            dnn2gp.NetworkMean(other_net),
+            gpytorch.kernels.ScaleKernel(dnn2gp.JacobianKernel(other_net, [1.0, 1.0], groups, params=params)),
+        )
+        state = {f"covar_module.base_kernel.{name}": tensor for name, tensor in kernel.state_dict().items()}
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="other params or other groups"):
+                other.load_state_dict(other.state_dict() | state, strict=strict)
+            assert_close(other.covar_module.base_kernel.prior_precision.detach(), torch.ones(2, dtype=F64))
+    for same in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel)), kernel.float()):
+        same.load_state_dict(kernel.state_dict())
+        with pytest.raises(ValueError, match="other params or other groups"):
+            same.load_state_dict(dnn2gp.JacobianKernel(p.net, [0.5, 2.0], ["2", "0"]).state_dict())
+
+
+def test_precisions_of_a_batch_with_groups():
+    net, groups = problem("gaussian").net, ["0", "2"]
+    batch, delta = torch.Size([2]), torch.tensor([0.5, 3.0], dtype=F64)
+    kernel = dnn2gp.JacobianKernel(net, delta, groups, batch_shape=batch)
+    assert_close(kernel.prior_precision.detach(), delta.expand(2, 2))  # rows alike: the last dimension is groups
+    kernel.prior_precision = torch.tensor([[0.5, 3.0], [1.0, 2.0]])
+    assert_close(kernel.prior_precision.detach(), torch.tensor([[0.5, 3.0], [1.0, 2.0]], dtype=F64))
+    kernel.prior_precision = delta.flip(0)
+    assert_close(kernel.prior_precision.detach(), delta.flip(0).expand(2, 2))
+    alone = dnn2gp.JacobianKernel(net, delta, batch_shape=batch)
+    assert_close(alone.prior_precision.detach(), delta[:, None])
+    many = torch.Size([2, 3])
+    assert dnn2gp.JacobianKernel(net, torch.ones(3), batch_shape=many).prior_precision.shape == (2, 3, 1)
+    with pytest.raises(ValueError, match=r"has shape \(3,\).*give shape \(\*batch_shape, G\) = \(3, 2\)"):
+        dnn2gp.JacobianKernel(net, torch.ones(3), groups, batch_shape=torch.Size([3]))
+    with pytest.raises(ValueError, match=r"give shape \(\*batch_shape, G\) = \(2, 2\)"):
+        kernel.prior_precision = torch.ones(3)
+
+
+def test_half_precision_is_refused_and_changes_nothing():
+    p = problem("gaussian")
+    kernel = dnn2gp.JacobianKernel(p.net)
+    before = kernel(p.x).to_dense()
+    for move in (kernel.half, kernel.bfloat16, gpytorch.kernels.ScaleKernel(kernel).half):
+        with pytest.raises(ValueError, match="JacobianKernel cannot be torch.b?float16"):
+            move()
+    assert torch.equal(kernel(p.x).to_dense(), before)
+
+
+@pytest.mark.parametrize("compose", ["sum", "product", "scaled", "alone"])
+def test_active_dims_of_a_fresh_kernel(compose):
+    net, x = mlp(2, 3, 1).double(), torch.randn(5, 4, dtype=F64)
+    kernel = dnn2gp.JacobianKernel(net, active_dims=(1, 3))
+    rbf = gpytorch.kernels.RBFKernel().double()
+    alone = dnn2gp.JacobianKernel(net)(x[:, [1, 3]]).to_dense()
+    both, expected = {
+        "sum": (kernel + rbf, alone + rbf(x).to_dense()),
+        "product": (kernel * rbf, alone * rbf(x).to_dense()),
+        "scaled": (scaled(kernel), 3.0 * alone),
+        "alone": (kernel, alone),
+    }[compose]
+    assert both(x).shape == (5, 5)
+    assert_close(both(x).to_dense(), expected)
+
+
+@pytest.mark.parametrize("limit", [None, 2 * 8 * 200])
+@pytest.mark.parametrize("diag", [False, True])
+def test_gradients_in_one_argument_where_both_are_equal(diag, limit):
+    kernel = dnn2gp.JacobianKernel(problem("gaussian_per_output").net)
+    x = torch.randn(4, 2, dtype=F64, requires_grad=True)
+
+    def value(a, b):
+        return kernel(a, b, diag=True).sum() if diag else kernel(a, b).to_dense().square().sum()
+
+    other = x.detach() + 1e-9  # not equal, so no one takes them for the same
+    with contextlib.nullcontext() if limit is None else dnn2gp.tiling.memory_limit(limit):
+        (one,) = torch.autograd.grad(value(x, x.detach()), x)
+        (two,) = torch.autograd.grad(value(x.detach(), x), x)
+        (both,) = torch.autograd.grad(value(x, x), x)
+        (expected,) = torch.autograd.grad(value(x, other), x)
+    assert_close(one, expected, rtol=1e-6, atol=1e-6)
+    assert_close(two, expected, rtol=1e-6, atol=1e-6)
+    assert_close(both, one + two)
 
 
 # ---- work done once

@@ -4,12 +4,12 @@ import unittest
 
 import pytest
 import torch
-from gpytorch_settings import botorch_off
+from gpytorch_settings import botorch_off, botorch_on
 from linear_operator.operators import BlockDiagLinearOperator, DenseLinearOperator, DiagLinearOperator
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
 from torch.testing import assert_close
 
-from gpytorch_dnn2gp.operators import FeatureGram, NoisyFeatureGram
+from gpytorch_dnn2gp.operators import Covariance, FeatureGram, NoisyFeatureGram
 
 F64 = torch.float64
 # n, K, P, batch: either side of n K = P, one output and several, batches of one operand alone
@@ -114,17 +114,18 @@ def test_the_root_of_a_gram_is_exact(shape):
     assert_close(factor @ factor.mT, root @ root.mT)
 
 
-# ---- linear_operator's contract: its own suite, in single precision and without botorch's settings
+# ---- linear_operator's contract: its own suite, in single precision
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # torch, once in a process
 class _Contract:
     should_call_cg = False  # closed forms instead
     batch, k, p = (), 1, 3
+    settings = staticmethod(botorch_off)
 
     def setUp(self):
         super().setUp()
-        self.enterContext(botorch_off())
+        self.enterContext(self.settings())
 
     def create_linear_op(self):
         root, blocks = parts(6, self.k, self.p, self.batch, self.batch, torch.float32)
@@ -177,3 +178,35 @@ class TestFeatureGramDoubleBatch(_GramContract, LinearOperatorTestCase, unittest
     batch = (2, 3)
 
 
+class _CovarianceContract(_Contract):
+    should_call_cg = True  # a dense matrix, solved with as linear_operator does
+    should_call_lanczos = False  # its root is exact
+
+    def create_linear_op(self):
+        root = torch.randn(*self.batch, 5, 5).add(4 * torch.eye(5))
+        return Covariance((root @ root.mT).requires_grad_())
+
+    def evaluate_linear_op(self, op):
+        return op.tensor
+
+
+class TestCovariance(_CovarianceContract, LinearOperatorTestCase, unittest.TestCase):
+    pass
+
+
+class TestCovarianceBatch(_CovarianceContract, LinearOperatorTestCase, unittest.TestCase):
+    batch = (2,)
+
+
+class TestCovarianceDoubleBatch(_CovarianceContract, LinearOperatorTestCase, unittest.TestCase):
+    batch = (2, 3)
+
+
+class TestCovarianceAfterBotorch(TestCovariance):
+    settings = staticmethod(botorch_on)
+    should_call_cg = False
+
+
+class TestCovarianceBatchAfterBotorch(TestCovarianceBatch):
+    settings = staticmethod(botorch_on)
+    should_call_cg = False
