@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import gpytorch
 import torch
 from gpytorch.constraints import Interval, Positive
-from gpytorch.kernels import Kernel
+from gpytorch.distributions import MultitaskMultivariateNormal
+from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel
 from gpytorch.means import Mean
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 from gpytorch.priors import Prior as HyperPrior
@@ -367,12 +368,37 @@ class JacobianKernel(Kernel):
         """How GPyTorch's ``ExactGP`` conditions on data."""
         return WeightSpaceStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
+    def __add__(self, other: Kernel) -> Kernel:
+        return _JacobianSum(self, *(other.kernels if isinstance(other, AdditiveKernel) else [other]))
+
+    def __mul__(self, other: Kernel) -> Kernel:
+        return _JacobianProduct(self, *(other.kernels if isinstance(other, ProductKernel) else [other]))
+
     def _apply(self, fn, *args, **kwargs):
         dtype = fn(self.raw_prior_precision.detach().flatten()[:0]).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"JacobianKernel cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         self._jacobians.clear()
         return super()._apply(fn, *args, **kwargs)
+
+
+class _SeveralFantasies:
+    """Takes fantasies of several outputs afresh: GPyTorch's update by rows cannot add several points of them."""
+
+    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood):
+        several = isinstance(train_prior_dist, MultitaskMultivariateNormal)
+        kind = WeightSpaceStrategy if several else DefaultPredictionStrategy
+        return kind(train_inputs, train_prior_dist, train_labels, likelihood)
+
+
+class _JacobianSum(_SeveralFantasies, AdditiveKernel):
+    def __add__(self, other: Kernel) -> Kernel:
+        return type(self)(*self.kernels, *(other.kernels if isinstance(other, AdditiveKernel) else [other]))
+
+
+class _JacobianProduct(_SeveralFantasies, ProductKernel):
+    def __mul__(self, other: Kernel) -> Kernel:
+        return type(self)(*self.kernels, *(other.kernels if isinstance(other, ProductKernel) else [other]))
 
 
 def _prior_precision_of(kernel: JacobianKernel) -> Tensor:

@@ -305,6 +305,28 @@ def test_fantasies_equal_a_gp_with_all_the_data(name, n, q, settings):
     assert_close(twice(p.x_test).mean, extended(extended(model, x, y), x + 1, y)(p.x_test).mean)
 
 
+COMPOSED = {
+    "sum": lambda k: k + rbf_like(k),
+    "longer_sum": lambda k: k + rbf_like(k) + rbf_like(k),
+    "scaled_sum": lambda k: scaled(k + rbf_like(k)),
+    "product": lambda k: k * rbf_like(k),
+}
+
+
+@pytest.mark.parametrize("wrap", COMPOSED)
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("name", ["gaussian", "gaussian_per_output"])
+def test_fantasies_of_composed_kernels(name, q, wrap):
+    model, _, p = user_gp(name, 8, wrap=COMPOSED[wrap])
+    model(p.x_test)
+    x, y = torch.randn(q, 2, dtype=F64), torch.randn(q, *model.train_targets.shape[1:], dtype=F64)
+    fantasy, both = model.get_fantasy_model(x, y), extended(model, x, y)
+    assert not torch.allclose(fantasy(p.x_test).mean, model(p.x_test).mean)
+    assert_close(fantasy(p.x_test).mean, both(p.x_test).mean)
+    assert_close(fantasy(p.x_test).covariance_matrix, both(p.x_test).covariance_matrix)
+    assert_close(fantasy.get_fantasy_model(x + 1, y)(p.x_test).mean, extended(both, x + 1, y)(p.x_test).mean)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "gaussian_per_output"])
 def test_batches_of_fantasies(name):
     model, _, p = user_gp(name, 25)
