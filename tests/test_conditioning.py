@@ -72,7 +72,7 @@ def check_conditioned_is_rebuilt(loss_name, setting):
 
     # predictions move by exactly the added rows' effect, and spread as the rebuilt GP's
     moved = conditioned.predict(x_test).f.mean - gp.predict(x_test).f.mean
-    assert_close(moved.flatten(), (full(x_test).mean - before.mean).flatten(), 1e-7)
+    assert_close(moved.flatten(), (full(x_test).mean - before.mean).flatten())
     assert_close(conditioned.predict(x_test).f.covariance_matrix, full.predict(x_test).f.covariance_matrix)
 
     if setting.get("solver") != "iterative":
@@ -129,6 +129,14 @@ def test_batches_of_fantasies(loss_name, setting):
 @pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("loss_name", ["one output", "categorical"])
 def test_gradients_through_posterior_and_fantasies(loss_name, setting):
+    check_gradients(loss_name, setting)
+
+
+def test_gradients_of_the_iterative_solver():
+    check_gradients("one output", {"solver": "iterative"})
+
+
+def check_gradients(loss_name, setting):
     loss, net, x, y, x_test = problem(loss_name)
     gp = dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7, **setting)
 
