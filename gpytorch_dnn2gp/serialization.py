@@ -37,10 +37,10 @@ from . import losses
 from .gp import LaplaceGP
 from .linearize import Linearization
 from .losses import Loss
+from .model_state import LOSSES, close, is_own, loss_values
 
 FORMAT = 1  # raised when older packages could not read a file rightly
 _KEY = "gpytorch_dnn2gp"
-_LOSSES = ("Gaussian", "Bernoulli", "Categorical", "Poisson", "HeteroscedasticGaussian")
 _CONSTRAINTS = {"Interval": Interval, "GreaterThan": GreaterThan, "LessThan": LessThan, "Positive": Positive}
 _TRANSFORMS = {
     "exp": (torch.exp, torch.log),
@@ -148,9 +148,34 @@ def load(
     """
     config, tensors = _read(Path(path))
     try:
+        _require_types(config, net, loss, residual_kernel)
+    except _Damaged as error:
+        raise ValueError(f"{path} {error}") from error
+    try:
         return _rebuild(config, tensors, net, loss, residual_kernel, path)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is damaged, or was not written by gpytorch_dnn2gp.save.") from error
+    except _Damaged as error:
+        raise ValueError(f"{path} {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path} is damaged, or is not of the net, loss or residual kernel given to load "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _require_types(config: dict, net: object, loss: object, residual_kernel: object) -> None:
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"load needs an instance of the saved net's class, {config['net']}; got {type(net).__name__}. A file holds "
+            "weights, not code."
+        )
+    if not isinstance(loss, Loss | None):
+        raise TypeError(f"loss must come from gpytorch_dnn2gp.losses; got {type(loss).__name__}.")
+    if not isinstance(residual_kernel, Kernel | None):
+        raise TypeError(f"residual_kernel must be a GPyTorch kernel; got {type(residual_kernel).__name__}.")
 
 
 def _rebuild(
@@ -161,15 +186,10 @@ def _rebuild(
     residual_kernel: Kernel | None,
     path: str | os.PathLike,
 ) -> LaplaceGP:
-    if not isinstance(net, nn.Module):
-        raise TypeError(
-            f"load needs an instance of the saved net's class, {config['net']}; got {type(net).__name__}. A file holds "
-            "weights, not code."
-        )
     loss = _rebuild_loss(config["loss"], loss, tensors.get("fixed/noise"), path)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    tensors = _Entries({name: tensor.to(device) for name, tensor in tensors.items()})
     lin = Linearization(
         _filled(net, config, _under("net/", tensors), path),
         config["params"],
@@ -195,7 +215,8 @@ def _rebuild(
         residual_kernel=_rebuild_residual_kernel(config, _under("residual/", tensors), residual_kernel, path),
     )
     outputs = tensors["data/outputs"]
-    if not _close(gp._outputs, outputs):
+    _require_shape("data/outputs", outputs, (len(tensors["data/inputs"]), *outputs.shape[1:]))
+    if not close(gp._outputs, outputs):
         raise ValueError(
             f"The net given to load fits {path} in names and shapes of its parameters, but not in what it computes: "
             "its outputs at the training inputs are others. Build it as the saved one was "
@@ -207,18 +228,25 @@ def _rebuild(
     kernel.structure.groups = dataclasses.replace(kernel.structure.groups, names=tuple(config["groups"]["names"]))
     for module, name in _hyperparameters(gp):
         key = name.replace("raw_", "raw/")
-        constraint = _rebuild_constraint(config["constraints"][name], tensors[f"{key}.lower"], tensors[f"{key}.upper"])
+        shape, lower, upper = getattr(module, name).shape, tensors[f"{key}.lower"], tensors[f"{key}.upper"]
+        _require_shape(key, tensors[key], shape)
+        for bound in ("lower", "upper"):
+            _require_shape(f"{key}.{bound}", tensors[f"{key}.{bound}"].expand(shape), shape)
+        constraint = _rebuild_constraint(config["constraints"][name], lower, upper)
         module.register_constraint(name, constraint, replace=True)
         with torch.no_grad():
             getattr(module, name).copy_(tensors[key])
     for name, value in _fingerprint(gp, config).items():
-        if not _close(value, tensors[name]):
+        if not close(value, tensors[name]):
             what = "residual kernel" if name == "check/residual_kernel" else f"loss {gp.loss}"
             raise ValueError(
                 f"The {what} given to load is not the one in {path}: its "
                 f"{name.removeprefix('check/').replace('_', ' ')} at the training data differs."
             )
     sums = _under("sums/", tensors)
+    for name, shape in _shapes_of_sums(gp).items():
+        if name in sums:
+            _require_shape(f"sums/{name}", sums[name], shape)
     with torch.no_grad():
         solver = gp._solver_for(gp._splitting(), sums)
     if "rows" in sums:
@@ -226,16 +254,54 @@ def _rebuild(
     elif config["kept"]:
         solver.rows.keep()
     if "added/inputs" in tensors:
+        labels, noise, q = tensors["added/labels"], tensors.get("added/noise"), tensors["added/inputs"].shape[-2]
+        event = (q, *gp._labels.shape[1:])
+        _require_shape("added/labels", labels, (*labels.shape[: -len(event)], *event))
+        if noise is not None and noise.shape[-2:] != (q, gp.num_outputs):
+            _require_shape("added/noise", noise, (*noise.shape[:-2], q, 1))
         return gp.condition_on(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))
+    _require_shape("data/targets", tensors["data/targets"], gp.train_targets.shape)
     gp.train_targets = tensors["data/targets"]
     return gp
 
 
+def _shapes_of_sums(gp: LaplaceGP) -> dict[str, tuple[int, ...]]:
+    n, p = len(gp._inputs), gp.linearization.num_weights
+    m = gp.num_outputs if gp.features == "jacobian" else 1
+    c = len(gp._splitting().noise_scale)
+    return {
+        "first": (c, p),
+        "second": (c, p) if gp.structure == "diagonal" else (c, p, p),
+        "grams": (len(gp.covar_module.groups), n * m, n * m),
+        "rows_times_w": (n, m),
+        "rows": (n, m, p),
+    }
+
+
+def _require_shape(name: str, tensor: Tensor, shape: Iterable[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise _Damaged(f"has {name!r} of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return _Entries({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
 
 
 # ---- the file
+
+
+class _Damaged(Exception):
+    """What is wrong with a file; no other error is taken for it, such as one in the user's net."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: it is damaged, or was not written by gpytorch_dnn2gp.save."
+
+
+class _Entries(dict):
+    """What stands in a file."""
+
+    def __missing__(self, key: str) -> None:
+        raise _Damaged(f"lacks {key!r}")
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -260,16 +326,20 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            config = json.loads((file.metadata() or {}).get(_KEY, "null"), object_hook=_Entries)
             if config is None:
                 raise ValueError(f"{path} is a safetensors file, but not one that gpytorch_dnn2gp.save wrote.")
             if config["format"] > FORMAT:
+                version = config.get("version", "(of no known version)")
                 raise ValueError(
-                    f"{path} was written by gpytorch_dnn2gp {config['version']} in format {config['format']}; this is "
+                    f"{path} was written by gpytorch_dnn2gp {version} in format {config['format']}; this is "
                     f"{_version()}, which reads up to format {FORMAT}. Upgrade the package."
                 )
-            return config, {name: _unpack(file.get_tensor(name), config["layouts"][name]) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+            names, layouts = file.keys(), config["layouts"]
+            return config, _Entries({name: _unpack(name, file.get_tensor(name), layouts[name]) for name in names})
+    except _Damaged as error:
+        raise ValueError(f"{path} {error}") from error
+    except (SafetensorError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"{path} is truncated or damaged, or no file that gpytorch_dnn2gp.save wrote ({error})."
         ) from error
@@ -281,7 +351,9 @@ def _pack(tensor: Tensor) -> tuple[Tensor, list[int]]:
     return tensor.detach().permute(order).cpu().clone(memory_format=torch.contiguous_format), order
 
 
-def _unpack(tensor: Tensor, order: list[int]) -> Tensor:
+def _unpack(name: str, tensor: Tensor, order: list[int]) -> Tensor:
+    if sorted(order) != list(range(tensor.dim())):
+        raise _Damaged(f"lays {name!r}, of shape {tuple(tensor.shape)}, out as {order}")
     # A clone lies where torch likes tensors to lie, and outlives the file
     return tensor.clone().permute([order.index(i) for i in range(len(order))])
 
@@ -336,33 +408,31 @@ def _listed(verb: str, names: Iterable[str]) -> list[str]:
 
 
 def _describe_loss(loss: Loss) -> dict:
-    name = type(loss).__name__
-    if name not in _LOSSES or type(loss) is not getattr(losses, name):
+    if is_own(loss):
         return {"name": None, "repr": repr(loss)}
+    name = type(loss).__name__
     if name != "HeteroscedasticGaussian":
         return {"name": name, "arguments": {}}
-    if callable(loss.link):
-        return {"name": None, "repr": repr(loss)}
     return {"name": name, "arguments": {"parametrization": loss.parametrization, "link": loss.link}}
 
 
 def _rebuild_loss(saved: dict, loss: Loss | None, noise: Tensor | None, path) -> Loss:
-    if loss is not None and not isinstance(loss, Loss):
-        raise TypeError(f"loss must come from gpytorch_dnn2gp.losses; got {type(loss).__name__}.")
     if saved["name"] is None and loss is None:
         raise ValueError(
             f"The loss of the GP in {path} is {saved['repr']}, whose functions no file can hold: give it again, "
             "load(path, net, loss=...)."
         )
     if saved["name"] is not None:
-        if saved["name"] not in _LOSSES:
-            raise ValueError(f"{path} names the loss {saved['name']!r}, which is none of {', '.join(_LOSSES)}.")
+        if saved["name"] not in LOSSES:
+            raise ValueError(f"{path} names the loss {saved['name']!r}, which is none of {', '.join(LOSSES)}.")
         built = getattr(losses, saved["name"])(**saved["arguments"])
         if loss is not None and _describe_loss(loss) != saved:
             raise ValueError(f"loss={loss} was given, but the GP in {path} has {saved['name']}. Leave loss= out.")
         loss = built
     if loss.has_noise != (noise is not None):
-        raise ValueError(f"loss={loss} was given, but the GP in {path} has {saved.get('repr')}.")
+        if saved["name"] is not None:
+            raise _Damaged("lacks 'fixed/noise'" if loss.has_noise else f"has a 'fixed/noise' besides its {loss}")
+        raise ValueError(f"loss={loss} was given, but the GP in {path} has {saved['repr']}.")
     return loss if noise is None else loss.with_noise(noise)
 
 
@@ -377,7 +447,8 @@ def _rebuild_residual_kernel(config: dict, state: dict[str, Tensor], kernel: Ker
         )
     if kernel is None:
         return None
-    kernel = copy.deepcopy(kernel).to(state[next(iter(state))]) if state else copy.deepcopy(kernel)
+    kernel, like = copy.deepcopy(kernel), next((t for t in state.values() if t.is_floating_point()), None)
+    kernel = kernel if like is None else kernel.to(like)
     _require_same_shapes("The residual kernel given to load", kernel.state_dict(), state, saved, path)
     kernel.load_state_dict(state)
     return kernel
@@ -385,22 +456,14 @@ def _rebuild_residual_kernel(config: dict, state: dict[str, Tensor], kernel: Ker
 
 def _fingerprint(gp: LaplaceGP, config: dict) -> dict[str, Tensor]:
     """Values at the training data of what the file cannot hold: what is given again must have them too."""
-    checks, loss, f, y = {}, gp.loss, gp._outputs, gp._labels
+    checks = {}
     with torch.no_grad():
         if config["loss"]["name"] is None:
-            checks["check/negative_log_likelihood"] = loss.negative_log_likelihood(f, y)
-            checks["check/residual"] = loss.residual(f, y)
-            checks["check/noise_precision"] = loss.noise_precision(f, y).diagonal(dim1=-2, dim2=-1)
+            values = loss_values(gp.loss, gp._outputs, gp._labels)
+            checks |= {f"check/{name}": value for name, value in values.items()}
         if gp.residual_kernel is not None:
             checks["check/residual_kernel"] = gp.residual_kernel(gp._inputs[:100]).to_dense()
     return checks
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding in another order."""
-    if a.shape != b.shape:
-        return False
-    return bool((a - b).abs().max() <= 10 * torch.finfo(a.dtype).eps ** 0.5 * (1 + b.abs().max()))
 
 
 def _hyperparameters(gp: LaplaceGP) -> list[tuple[nn.Module, str]]:

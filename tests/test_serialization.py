@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -461,3 +462,89 @@ def test_oracle_agrees_after_loading(tmp_path):
     dense = p.dense(0.7)
     covariance = again(p, tmp_path / "gp")(p.x_test).covariance_matrix
     oracle.assert_close(covariance, dense.covariance(p.jacobian(p.x_test)), tol=1e-8)
+
+
+# ---- damage inside a file
+
+
+def with_tensors(path: Path, change) -> None:
+    """The file with ``change(tensors)`` applied."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+DAMAGES = {
+    "shorter": lambda t: t[..., :-1].clone(),
+    "fewer": lambda t: t[:-1].clone(),
+    "twice": lambda t: torch.cat([t, t]),
+    "one": lambda t: t[:1, ..., :1].clone() if t.dim() > 1 else t[:1].clone(),
+}
+
+
+@pytest.mark.parametrize("option", ["weight_space", "function_space", "diagonal"])
+@pytest.mark.parametrize("case", ["gaussian", "categorical"])
+def test_tensors_of_a_wrong_size_and_missing_ones(case, option, tmp_path):
+    p, gp = build(f"{case} {option}")
+    conditioned = tmp_path / "conditioned gp"
+    dnn2gp.save(gp, tmp_path / "gp")
+    y, noise = (p.y[:3], torch.full((3, 1), 0.2, dtype=F64)) if case == "gaussian" else (torch.tensor([0, 1, 2]), None)
+    dnn2gp.save(gp.condition_on(p.x_test, y, noise), conditioned)
+    for path in (tmp_path / "gp", conditioned):
+        whole, tensors = path.read_bytes(), load_file(path)
+        assert any(name.startswith("sums/") for name in tensors)
+        for name, tensor in tensors.items():
+            for damage in DAMAGES.values():
+                wrong = damage(tensor) if tensor.dim() else tensor.expand(2).clone()
+                if wrong.shape == tensor.shape:
+                    continue
+                path.write_bytes(whole)
+                with_tensors(path, lambda t, name=name, wrong=wrong: t.update({name: wrong}))
+                with pytest.raises(ValueError, match=re.escape(str(path))):
+                    dnn2gp.load(path, p.net)
+            if name not in ("sums/rows", "added/noise", "added/inputs") and not name.startswith("net/"):
+                path.write_bytes(whole)
+                with_tensors(path, lambda t, name=name: t.pop(name))
+                with pytest.raises(ValueError, match="gp lacks .*damaged"):
+                    dnn2gp.load(path, p.net)
+        path.write_bytes(whole)
+        dnn2gp.load(path, p.net)
+
+
+@pytest.mark.parametrize("layout", [[0, 0], [1, 2], [0], [1, 0, 2], [], None, "ab", [0, None]])
+def test_bad_layouts(saved, layout):
+    rewritten(saved, lambda config: config["layouts"].update({"data/inputs": layout}))
+    with pytest.raises(ValueError, match="gp .*damaged"):
+        dnn2gp.load(saved, mlp())
+
+
+def test_a_missing_noise_is_damage_and_not_a_loss_that_was_given(saved):
+    with_tensors(saved, lambda tensors: tensors.pop("fixed/noise"))
+    with pytest.raises(ValueError, match="gp lacks 'fixed/noise': it is damaged"):
+        dnn2gp.load(saved, mlp())
+
+
+def test_a_newer_file_that_tells_no_version(saved):
+    rewritten(saved, lambda config: (config.update(format=99), config.pop("version"), config.pop("layouts")))
+    with pytest.raises(ValueError, match="in format 99.*Upgrade"):
+        dnn2gp.load(saved, mlp())
+
+
+def test_a_key_error_in_the_net_is_no_damage(saved):
+    class Forgetful(nn.Sequential):
+        def forward(self, x):
+            return {}["a key of the net's own"]
+
+    with pytest.raises(KeyError, match="a key of the net's own"):
+        dnn2gp.load(saved, Forgetful(*mlp()))
+
+
+def test_a_residual_kernel_that_reads_some_inputs(tmp_path):
+    p = problem("gaussian")
+    gp = p.gp(0.7, residual_kernel=gpytorch.kernels.RBFKernel(active_dims=[0]))
+    dnn2gp.save(gp, tmp_path / "gp")
+    loaded = dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=gpytorch.kernels.RBFKernel(active_dims=[0]))
+    assert torch.equal(loaded(p.x_test).covariance_matrix, gp(p.x_test).covariance_matrix)
+    assert loaded.residual_kernel.active_dims.dtype == torch.int64
