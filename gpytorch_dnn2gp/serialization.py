@@ -259,7 +259,7 @@ def _rebuild(
         _require_shape("added/labels", labels, (*labels.shape[: -len(event)], *event))
         if noise is not None and noise.shape[-2:] != (q, gp.num_outputs):
             _require_shape("added/noise", noise, (*noise.shape[:-2], q, 1))
-        return gp.condition_on(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))
+        return gp._with(tensors["added/inputs"], tensors["added/labels"], tensors.get("added/noise"))
     _require_shape("data/targets", tensors["data/targets"], gp.train_targets.shape)
     gp.train_targets = tensors["data/targets"]
     return gp
