@@ -548,3 +548,14 @@ def test_a_residual_kernel_that_reads_some_inputs(tmp_path):
     loaded = dnn2gp.load(tmp_path / "gp", p.net, residual_kernel=gpytorch.kernels.RBFKernel(active_dims=[0]))
     assert torch.equal(loaded(p.x_test).covariance_matrix, gp(p.x_test).covariance_matrix)
     assert loaded.residual_kernel.active_dims.dtype == torch.int64
+
+
+def test_noise_given_to_some_of_the_added_examples_is_kept(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    x, y = torch.randn(9, 2, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    gp = dnn2gp.LaplaceGP(net, x[:5], y[:5], dnn2gp.losses.Gaussian(0.3))
+    gp = gp.condition_on(x[5:7], y[5:7]).condition_on(x[7:], y[7:], noise=0.5)
+    dnn2gp.save(gp, tmp_path / "gp.safetensors")
+    loaded = dnn2gp.load(tmp_path / "gp.safetensors", net)
+    gp.noise = loaded.noise = 0.7
+    assert torch.equal(loaded(x).mean, gp(x).mean)
