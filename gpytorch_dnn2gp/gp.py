@@ -45,7 +45,7 @@ from .model_state import (
     loss_values,
     restore,
 )
-from .numerics import in_plain_mode, require_finite, require_positive
+from .numerics import diagonal_blocks, in_plain_mode, require_finite, require_positive
 from .operators import Covariance
 from .prediction import Prediction, Stationarity
 from .predictive import predictive
@@ -129,9 +129,7 @@ class LaplaceGP(ExactGP):
                     "'auto' or 'function_space'."
                 )
             solver = "function_space"
-        if input_shape is None and not isinstance(net, Linearization) and getattr(train_x, "ndim", 0) > 2:
-            input_shape = train_x.shape[1:]
-        lin = as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
+        lin = _linearization_for(net, train_x, params, input_shape, input_dtype)
         super().__init__(None, None, GGNLikelihood(loss, lin, temperature=temperature))
         self.mean_module = NetworkMean(lin)
         self.covar_module = JacobianKernel(lin, prior_precision, groups, prior_variance)
@@ -199,7 +197,9 @@ class LaplaceGP(ExactGP):
             options: of :class:`LaplaceGP`.
         """
         x, y = collect(data, unpack)
-        net = _linearization_for(net, x, options)
+        net = _linearization_for(
+            net, x, *(options.pop(name, None) for name in ("params", "input_shape", "input_dtype"))
+        )
         f = net(net.flatten_inputs(x))
         loss, labels, scale = translate_loss(torch_loss, f, y, sigma)
         delta = torch.as_tensor(weight_decay, dtype=f.dtype) * torch.as_tensor(scale, dtype=f.dtype)
@@ -449,7 +449,7 @@ class LaplaceGP(ExactGP):
         self._require_memory_for_blocks(rows)
         if joint:
             joint_covariance = self._joint_covariance(rows)
-            blocks = _diagonal_blocks(to_linear_operator(joint_covariance).to_dense(), self.num_outputs)
+            blocks = diagonal_blocks(to_linear_operator(joint_covariance).to_dense(), self.num_outputs)
         else:
             blocks = self.posterior().covariance_blocks(rows)
         center = self._mean(rows, mean)
@@ -808,19 +808,17 @@ def _output_targets(loss: Loss, f: Tensor, labels: Tensor) -> Tensor:
     return targets.squeeze(-1) if f.shape[-1] == 1 else targets
 
 
-def _linearization_for(net: nn.Module | Linearization, x: Tensor, options: dict) -> Linearization:
-    if isinstance(net, Linearization):
-        return net
-    input_shape = options.pop("input_shape", None)
-    if input_shape is None and x.dim() > 2:
+def _linearization_for(
+    net: nn.Module | Linearization,
+    x: Tensor,
+    params: Sequence[str] | str | None,
+    input_shape: Sequence[int] | None,
+    input_dtype: torch.dtype | None,
+) -> Linearization:
+    """``net`` linearized; inputs of more than one dimension each tell their ``input_shape`` themselves."""
+    if input_shape is None and not isinstance(net, Linearization) and getattr(x, "ndim", 0) > 2:
         input_shape = x.shape[1:]
-    return Linearization(net, options.pop("params", None), input_shape, options.pop("input_dtype", None))
-
-
-def _diagonal_blocks(covariance: Tensor, k: int) -> Tensor:
-    """``K x K`` blocks ``(..., m, K, K)`` of a covariance ``(..., m K, m K)``."""
-    m = covariance.shape[-1] // k
-    return covariance.unflatten(-1, (m, k)).unflatten(-3, (m, k)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    return as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
 
 
 def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:

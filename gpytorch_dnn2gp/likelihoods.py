@@ -33,7 +33,7 @@ from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 from .kernels import log_positive
 from .linearize import Linearization
 from .losses import Loss
-from .numerics import first_index, require_finite, require_positive
+from .numerics import diagonal_blocks, first_index, require_finite, require_positive
 from .operators import NoisyFeatureGram
 
 
@@ -459,8 +459,7 @@ def _marginals(dist: MultivariateNormal) -> tuple[Tensor, Tensor]:
         return dist.mean.unsqueeze(-1), dist.variance[..., None, None]
     n, k = dist.event_shape
     covariance = dist.covariance_matrix
-    if dist._interleaved:
-        covariance = covariance.unflatten(-1, (n, k)).unflatten(-3, (n, k))
-    else:
-        covariance = covariance.unflatten(-1, (k, n)).unflatten(-3, (k, n)).transpose(-1, -2).transpose(-3, -4)
-    return dist.mean, covariance.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    if not dist._interleaved:  # outputs first: bring examples first
+        order = torch.arange(n * k, device=covariance.device).reshape(k, n).T.flatten()
+        covariance = covariance[..., order, :][..., order]
+    return dist.mean, diagonal_blocks(covariance, k)

@@ -93,6 +93,12 @@ def require_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> N
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}. Move one of them.")
 
 
+def diagonal_blocks(a: Tensor, size: int) -> Tensor:
+    """The ``size x size`` diagonal blocks ``(..., n, size, size)`` of ``(..., n size, n size)``."""
+    n = a.shape[-1] // size
+    return a.unflatten(-1, (n, size)).unflatten(-3, (n, size)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
 def symmetrize(a: Tensor) -> Tensor:
     """``(a + a^T)/2``: removes the asymmetry of rounding."""
     return (a + a.mT) / 2

@@ -342,11 +342,7 @@ class _FunctionSpacePosterior(Posterior):
                 "With a residual kernel the weights are not all that is unknown: ask the GP for f instead."
             )
 
-        def rows_matmul(u: Tensor) -> Tensor:
-            return self.splitting.apply_root_t(self.rows.matmul(u)).flatten(-2)
-
-        def rows_rmatmul(a: Tensor) -> Tensor:
-            return self.rows.rmatmul(self.splitting.apply_root(a.unflatten(-1, (self.rows.num_examples, -1))))
+        rows_matmul, rows_rmatmul = _whitened(self.rows, self.splitting)
 
         def solve(u: Tensor) -> Tensor:
             su = self.prior.variance * u
@@ -468,11 +464,7 @@ class _IterativePosterior(Posterior):
         return torch.cat(blocks).unflatten(0, rows.batch_shape)
 
     def weights(self, mean: Tensor) -> GaussianWeights:
-        def rows_matmul(u: Tensor) -> Tensor:
-            return self.splitting.apply_root_t(self.rows.matmul(u)).flatten(-2)
-
-        def rows_rmatmul(a: Tensor) -> Tensor:
-            return self.rows.rmatmul(self.splitting.apply_root(a.unflatten(-1, (self.rows.num_examples, -1))))
+        rows_matmul, rows_rmatmul = _whitened(self.rows, self.splitting)
 
         def solve(u: Tensor) -> Tensor:
             return self._solve(u.reshape(-1, u.shape[-1])).reshape(u.shape)
@@ -546,6 +538,18 @@ def choose(rows: Rows, num_groups: int, num_sums: int) -> type[Solver]:
     if weight_fits and (weight_cost <= function_cost or not function_fits):
         return WeightSpace
     return FunctionSpace if function_fits else Iterative
+
+
+def _whitened(rows: Rows, splitting: Splitting) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Products with ``E = R^T U`` and with its transpose: ``(..., P) -> (..., n m)`` and back."""
+
+    def matmul(u: Tensor) -> Tensor:
+        return splitting.apply_root_t(rows.matmul(u)).flatten(-2)
+
+    def rmatmul(a: Tensor) -> Tensor:
+        return rows.rmatmul(splitting.apply_root(a.unflatten(-1, (rows.num_examples, -1))))
+
+    return matmul, rmatmul
 
 
 def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:

@@ -270,19 +270,24 @@ def test_two_classes_are_one_logit():
 # Saturation
 
 
+def everything(loss, f, y, v):
+    """All that a posterior reads of a loss."""
+    return (
+        loss.negative_log_likelihood(f, y),
+        loss.residual(f, y),
+        loss.noise_precision(f),
+        loss.apply_root(f, v),
+        loss.apply_root_t(f, v),
+    )
+
+
 def test_a_confidently_wrong_label_has_a_residual_and_no_nan():
     loss = losses.Categorical()
     f = torch.tensor([[0.0, 62.0, -3.0]], dtype=float64, requires_grad=True)  # p_0 = 1.2e-27
     y = torch.tensor([0])
     assert_close(loss.residual(f, y), torch.tensor([[-1.0, 1.0, 0.0]], dtype=float64), rtol=0, atol=1e-26)
     v = torch.tensor([[1.0, -2.0, 3.0]], dtype=float64)
-    for value in (
-        loss.negative_log_likelihood(f, y),
-        loss.residual(f, y),
-        loss.noise_precision(f),
-        loss.apply_root(f, v),
-        loss.apply_root_t(f, v),
-    ):
+    for value in everything(loss, f, y, v):
         (gradient,) = torch.autograd.grad(value.square().sum(), f)
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
     assert loss.negative_log_likelihood(f, y).item() == pytest.approx(62.0)
@@ -302,13 +307,7 @@ def test_extreme_logits_give_finite_numbers_and_gradients(loss, scale, dtype):
     f = (scale * torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).to(dtype).requires_grad_()
     y = torch.tensor([1, 0]) if isinstance(loss, losses.Categorical) else torch.tensor([[0, 1, 1], [1, 0, 0]])
     v = torch.ones_like(f)
-    for value in (
-        loss.negative_log_likelihood(f, y),
-        loss.residual(f, y),
-        loss.noise_precision(f),
-        loss.apply_root(f, v),
-        loss.apply_root_t(f, v),
-    ):
+    for value in everything(loss, f, y, v):
         (gradient,) = torch.autograd.grad(value.sum(), f)
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
         assert value.dtype == dtype
