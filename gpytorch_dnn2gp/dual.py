@@ -1,9 +1,12 @@
-"""Dual data: the regression whose posterior is the Laplace approximation (Theorem 1).
+"""Dual data: the regression whose posterior is the Laplace approximation (Theorem 1), or the next iterate (Theorem 2).
 
     paper                       here                      shape
     J_*(x_i)                    rows U_i                  (n, m, P)
     r_i, Lambda_i               v, D  (laplace.py)        (n, m), (n, m, m)
     y~_i = J_i w* - Lam^-1 r_i  DualData.targets          (n, m)
+
+Of a training iterate w* is the mean mu_t, Lambda^-1 r is multiplied by alpha / beta (``Splitting.pull``), Lambda by
+``beta (n / |B|) / S'`` (``Splitting.weight``), and there is one row for each example and sample.
 
 The GP that explains these targets, ``y~ = f + e``, ``f ~ GP(0, J S0 J^T)``, ``e ~ N(0, Lambda^-1)``, has the
 Laplace-GGN posterior. Shifted by ``c(x) = f_w*(x) - J(x) w*`` (targets and prior mean alike) it is the same GP in
@@ -18,6 +21,7 @@ n examples, m rows per example (m = K outputs, 1 for "gradient" features). Read 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,15 +55,15 @@ def dual_targets(splitting: Splitting, rows_times_w: Tensor) -> Tensor:
         rows_times_w: ``U_i w*``, ``(n, m)``.
     """
     if splitting.features == "gradient":  # in the paper's scaling, phi = s U: phi^T w - 1
-        return splitting.noise_scale * rows_times_w - 1
-    return rows_times_w - newton_offset(splitting)
+        return splitting.noise_scale * rows_times_w - splitting.pull
+    return rows_times_w - splitting.pull * newton_offset(splitting)
 
 
 def noise_precision(splitting: Splitting) -> Tensor:
     """D, ``(n, m, m)``."""
     if splitting.features == "gradient":
-        return splitting.f.new_ones(len(splitting.f), 1, 1)
-    return splitting.loss.noise_precision(splitting.f, splitting.y) / splitting.temperature
+        return splitting.f.new_full((len(splitting.f), 1, 1), splitting.weight)
+    return splitting.loss.noise_precision(splitting.f, splitting.y) * (splitting.weight / splitting.temperature)
 
 
 def newton_offset(splitting: Splitting) -> Tensor:
@@ -97,13 +101,14 @@ def log_normalizer(splitting: Splitting) -> Tensor:
     """
     n = splitting.f.shape[-2]
     if splitting.features == "gradient":
-        return splitting.f.new_tensor(-0.5 * n * (1 + LOG_2PI))
+        each = splitting.weight * splitting.pull**2 - math.log(splitting.weight) + LOG_2PI
+        return splitting.f.new_tensor(-0.5 * n * each)
     if isinstance(splitting.loss, Categorical) or not splitting.loss.invertible:
         raise ValueError(
             f"The GP evidence of {splitting.loss} does not exist: its noise precision is singular, so the density of "
             "the targets is improper. Use the Laplace evidence, log_evidence(kind='laplace')."
         )
-    offset = newton_offset(splitting)
+    offset = splitting.pull * newton_offset(splitting)
     factor = torch.linalg.cholesky(noise_precision(splitting))
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
     return 0.5 * (log_det - (offset * splitting.v).sum((-2, -1)) - n * offset.shape[-1] * LOG_2PI)

@@ -18,7 +18,7 @@ n examples, K outputs, P weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Splitting:
         y: canonical labels (``loss.check_labels``).
         features: "jacobian" or "gradient".
         temperature: the loss is divided by it.
+        weight: how often each example counts; multiplies v and D.
+        pull: multiplies v once more: ``alpha / beta`` of a training iterate (Theorem 2), 1 at a trained net.
     """
 
     loss: Loss
@@ -47,6 +49,8 @@ class Splitting:
     y: Tensor
     features: str = "jacobian"
     temperature: float = 1.0
+    weight: float = 1.0
+    pull: float = 1.0
 
     @property
     def noise_scale(self) -> Tensor:
@@ -71,40 +75,43 @@ class Splitting:
     def v(self) -> Tensor:
         """Gradients in the rows, ``(n, m)``."""
         if self.features == "gradient":
-            return self.noise_scale.expand(len(self.f), 1)
-        return self.loss.residual(self.f, self.y) / self.temperature
+            return self.noise_scale.expand(len(self.f), 1) * (self.weight * self.pull)
+        return self.output_gradient()
 
     def apply_root(self, a: Tensor) -> Tensor:
         """``R a``, ``(..., n, m)``, where ``D = R R^T``."""
         if self.features == "gradient":
-            return a * self.noise_scale
-        return self.loss.apply_root(self.f, a, self.y) * self.temperature**-0.5
+            return a * (self.noise_scale * self.weight**0.5)
+        return self.loss.apply_root(self.f, a, self.y) * (self.weight / self.temperature) ** 0.5
 
     def apply_root_t(self, a: Tensor) -> Tensor:
         """``R^T a`` for ``a`` ``(..., n, m)``."""
         if self.features == "gradient":
-            return a * self.noise_scale
-        return self.loss.apply_root_t(self.f, a, self.y) * self.temperature**-0.5
+            return a * (self.noise_scale * self.weight**0.5)
+        return self.loss.apply_root_t(self.f, a, self.y) * (self.weight / self.temperature) ** 0.5
 
     def at(self, f: Tensor) -> Splitting:
         """The same at other outputs."""
-        return Splitting(self.loss, f, self.y, self.features, self.temperature)
+        return replace(self, f=f)
 
     # The same in output coordinates, for rows J of any example rather than C J
 
     def output_gradient(self) -> Tensor:
-        """``C^T v = r / T``, ``(..., n, K)``."""
-        return self.loss.residual(self.f, self.y) / self.temperature
+        """``C^T v``, ``(..., n, K)``: ``r / T``, weighted."""
+        return self._residual() * (self.weight * self.pull)
 
     def output_root(self, a: Tensor) -> Tensor:
         """``C^T R a``, ``(..., n, K)``."""
-        return a * self.output_gradient() if self.features == "gradient" else self.apply_root(a)
+        return a * self._residual() * self.weight**0.5 if self.features == "gradient" else self.apply_root(a)
 
     def output_root_t(self, a: Tensor) -> Tensor:
         """``R^T C a`` for ``a`` ``(..., n, K)``."""
         if self.features == "gradient":
-            return (a * self.output_gradient()).sum(-1, keepdim=True)
+            return (a * self._residual() * self.weight**0.5).sum(-1, keepdim=True)
         return self.apply_root_t(a)
+
+    def _residual(self) -> Tensor:
+        return self.loss.residual(self.f, self.y) / self.temperature
 
     def cotangents(self) -> Tensor | None:
         """C, ``(n, m, K)``, at noise and temperature one; None for the identity."""
@@ -116,16 +123,16 @@ class Splitting:
     def apply_precision(self, a: Tensor) -> Tensor:
         """``D a``, ``(..., n, m)``."""
         if self.features == "gradient":
-            return a * self.noise_scale.square()
-        return self.loss.apply_precision(self.f, a, self.y) / self.temperature
+            return a * (self.noise_scale.square() * self.weight)
+        return self.loss.apply_precision(self.f, a, self.y) * (self.weight / self.temperature)
 
     def data_term(self) -> Tensor:
-        """``sum_i log p(y_i | f_i) / T``."""
-        return -self.loss.negative_log_likelihood(self.f, self.y).sum(-1) / self.temperature
+        """``sum_i log p(y_i | f_i) / T``, weighted."""
+        return -self.loss.negative_log_likelihood(self.f, self.y).sum(-1) * (self.weight / self.temperature)
 
     def part(self, part: slice) -> Splitting:
         """The splitting of some of the examples."""
-        return Splitting(self.loss.subset(part), self.f[part], self.y[part], self.features, self.temperature)
+        return replace(self, loss=self.loss.subset(part), f=self.f[part], y=self.y[part])
 
 
 @torch.no_grad()

@@ -289,8 +289,10 @@ class GGNLikelihood(_GaussianLikelihoodBase):
         train_inputs = self.train_inputs if train_inputs is None else train_inputs
         if noise is None or train_inputs is None:
             return new
-        blocks = noise.dim() >= 3 and noise.shape[-1] == noise.shape[-2] and (
-            inputs is None or noise.shape[-3] == inputs.shape[-2]
+        blocks = (
+            noise.dim() >= 3
+            and noise.shape[-1] == noise.shape[-2]
+            and (inputs is None or noise.shape[-3] == inputs.shape[-2])
         )
         added = noise.detach() if blocks else noise.detach()[..., None, None]
         _require_covariances(added)

@@ -376,7 +376,7 @@ class GaussNewton(torch.optim.Optimizer):
             for module, mode in modes:
                 module.training = mode
         mean, state, prior_precision = self.mean, self.state["gaussian"], self.prior_precision
-        cure = "The step is refused; net and state are as they were. Lower lr, or raise initial_precision or prior_precision."
+        cure = "The step is refused; net and state are as they were. Lower lr or raise initial_precision."
         require_finite(gradient, "The gradient of this batch", cure)
         require_finite(curvature, "The curvature of this batch", cure)
         # M_{t+1} = gamma M_t + (1 - gamma) (J^T r + S0^-1 mu)
@@ -516,7 +516,7 @@ def derivatives(
 
     Returns:
         ``sum_i l_i`` (without T), ``sum_i J_i^T r_i / T``, ``(P,)``, and ``sum_i J_i^T Lambda_i J_i / T``, ``(P, P)``
-        or its diagonal ``(P,)``; with ``features="gradient"`` ``sum_i g_i g_i^T`` in its place, ``g_i = J_i^T r_i / T``.
+        or its diagonal ``(P,)``; with ``features="gradient"`` ``sum_i g_i g_i^T`` instead, ``g_i = J_i^T r_i / T``.
     """
     f = function.outputs(x)
     splitting = laplace.Splitting(loss, f, y, features, temperature)
@@ -560,7 +560,8 @@ class VOGN(GaussNewton):
     """Variational online Gauss-Newton: ``q_t`` with a diagonal covariance.
 
     Arguments are those of :class:`VOGGN`. By default the curvature is the exact diagonal of ``J^T Lambda J``, K rows
-    for each example; ``features="gradient"`` takes squared gradients of each example, one row, as VOGN was first published.
+    for each example; ``features="gradient"`` takes squared gradients of each example, one row, as VOGN was first
+    published.
     ``param_groups`` may differ in lr, beta and momentum too (then without :meth:`iterate`).
 
     Source: Khan et al. 2019, section 4; Khan et al. 2018, "Fast and scalable Bayesian deep learning by

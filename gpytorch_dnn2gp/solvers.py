@@ -37,7 +37,16 @@ from .numerics import (
     warn_if_cancelled,
     warn_if_inaccurate,
 )
-from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian, Prior, WeightGroups, WhitenedGaussian
+from .weights import (
+    DiagonalGaussian,
+    GaussianWeights,
+    ImplicitGaussian,
+    Prior,
+    WeightGroups,
+    WhitenedGaussian,
+    color,
+    scale_rows,
+)
 
 SOLVERS = ("auto", "weight_space", "function_space", "iterative")
 
@@ -161,16 +170,16 @@ class WeightSpace(Solver):
 class _WeightSpacePosterior(Posterior):
     def __init__(self, solver: WeightSpace, prior: Prior, splitting: Splitting) -> None:
         first_scale, second_scale = _scales(splitting)
-        self.scale = prior.variance.sqrt()
+        self.scale = prior.scale
         second = torch.einsum("c,cpq->pq", second_scale, solver.second)
-        a = symmetrize(self.scale[:, None] * second * self.scale)
+        a = symmetrize(scale_rows(scale_rows(second, self.scale).mT, self.scale))
         a = a + torch.eye(len(a), dtype=a.dtype, device=a.device)
         self.factor = cholesky(a, "The weight-space matrix I + S^1/2 J^T Lambda J S^1/2")
         warn_if_inaccurate(a, self.factor, "The weight-space matrix")
-        g = first_scale @ solver.first + solver.w / prior.variance
-        white = torch.linalg.solve_triangular(self.factor, (self.scale * g)[:, None], upper=False)
+        g = first_scale @ solver.first + prior.precision_matmul(solver.w)
+        white = torch.linalg.solve_triangular(self.factor, scale_rows(g, self.scale)[:, None], upper=False)
         self.newton_decrement = white.square().sum()
-        self._step = self.scale * torch.linalg.solve_triangular(self.factor.mT, white, upper=True)[:, 0]
+        self._step = color(torch.linalg.solve_triangular(self.factor.mT, white, upper=True)[:, 0], self.scale)
 
     @property
     def step(self) -> Tensor:
@@ -182,7 +191,7 @@ class _WeightSpacePosterior(Posterior):
 
     def _white(self, rows: Tensor) -> Tensor:
         """``L^-1 S^(1/2) J*^T`` for rows ``(q, P)``: ``(P, q)``."""
-        return torch.linalg.solve_triangular(self.factor, (rows * self.scale).mT, upper=False)
+        return torch.linalg.solve_triangular(self.factor, scale_rows(rows, self.scale).mT, upper=False)
 
     def _stacked(self, rows: Rows) -> Tensor:
         """The same for each batch element's rows, ``(..., n K, P)``."""
@@ -555,7 +564,8 @@ def _whitened(rows: Rows, splitting: Splitting) -> tuple[Callable[[Tensor], Tens
 def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:
     """What the sums of v and of D at unit noise are multiplied by, each ``(C,)``."""
     scale = splitting.noise_scale
-    return scale, scale.square() if splitting.features == "gradient" else scale
+    second = scale.square() if splitting.features == "gradient" else scale
+    return scale * (splitting.weight * splitting.pull), second * splitting.weight
 
 
 def log_evidence(

@@ -92,27 +92,64 @@ def weight_groups(
 
 @dataclass(frozen=True)
 class Prior:
-    """``w ~ N(0, S0)``, ``S0 = diag(base_variance / delta_g)`` with one precision delta per group.
+    """``w - m ~ N(0, S0)``, ``S0 = diag(base_variance / delta_g)`` with one precision delta per group.
 
     Attributes:
         precision: delta, ``(G,)``, positive; may carry a graph.
         group_index: number of each weight's group, ``(P,)``.
         base_variance: ``(P,)`` (from a VOGN iterate, say), or None for ones.
+        base_root: F, ``(P, P)``, for the full covariance ``S0 = F F^T / delta`` of one group.
     """
 
     precision: Tensor
     group_index: Tensor
     base_variance: Tensor | None = None
+    base_root: Tensor | None = None
 
     @property
     def variance(self) -> Tensor:
         """Diagonal of S0, ``(P,)``."""
         variance = self.precision.reciprocal()[self.group_index]
+        if self.base_root is not None:
+            return variance * self.base_root.square().sum(-1)
         return variance if self.base_variance is None else variance * self.base_variance
+
+    @property
+    def scale(self) -> Tensor:
+        """``S0^(1/2)``: its diagonal ``(P,)``, or a matrix ``(P, P)``; see :func:`scale_rows`."""
+        return self.variance.sqrt() if self.base_root is None else self.base_root * self.precision.rsqrt()
+
+    def precision_matmul(self, w: Tensor) -> Tensor:
+        """``S0^-1 w``, ``(P,)``."""
+        if self.base_root is None:
+            return w / self.variance
+        return solve_scale(self.scale, solve_scale(self.scale, w), transpose=True)
 
     def squared_norm(self, w: Tensor) -> Tensor:
         """``w^T S0^-1 w``."""
-        return (w.square() / self.variance).sum()
+        return (w * self.precision_matmul(w)).sum()
+
+
+# A root F of a covariance is kept as a vector where it is diagonal, and as a lower triangular matrix else.
+
+
+def scale_rows(rows: Tensor, root: Tensor) -> Tensor:
+    """``rows F`` for ``rows`` ``(..., P)``, that is ``F^T u`` for each row u."""
+    return rows * root if root.dim() == 1 else rows @ root
+
+
+def color(z: Tensor, root: Tensor) -> Tensor:
+    """``F z`` for ``z`` ``(..., P)``."""
+    return z * root if root.dim() == 1 else z @ root.mT
+
+
+def solve_scale(root: Tensor, v: Tensor, transpose: bool = False) -> Tensor:
+    """``F^-1 v``, or ``F^-T v``, for ``v`` ``(..., P)``."""
+    if root.dim() == 1:
+        return v / root
+    columns = v.reshape(-1, v.shape[-1]).mT
+    factor = root.mT if transpose else root
+    return torch.linalg.solve_triangular(factor, columns, upper=transpose).mT.reshape(v.shape)
 
 
 class GaussianWeights(ABC):
@@ -135,6 +172,10 @@ class GaussianWeights(ABC):
     @abstractmethod
     def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:
         """Draws, ``(*sample_shape, P)``."""
+
+    def log_det(self) -> Tensor:
+        """``log|Sigma|``."""
+        raise ValueError(f"The determinant of a {type(self).__name__}, known by its products alone, is not offered.")
 
     def covariance(self) -> Tensor:
         """Sigma, ``(P, P)``."""
@@ -167,6 +208,9 @@ class DiagonalGaussian(GaussianWeights):
         self.mean = mean
         self.variance = variance
 
+    def log_det(self) -> Tensor:
+        return self.variance.log().sum()
+
     def covariance_matmul(self, v: Tensor) -> Tensor:
         return v * self.variance
 
@@ -179,10 +223,11 @@ class DiagonalGaussian(GaussianWeights):
 
 
 class WhitenedGaussian(GaussianWeights):
-    """``N(mean, D A^-1 D)`` with ``D = diag(scale)`` and ``A = L L^T``: the weight-space posterior.
+    """``N(mean, F A^-1 F^T)`` with ``A = L L^T``: the weight-space posterior.
 
     Args:
-        mean, scale: ``(P,)``.
+        mean: ``(P,)``.
+        scale: F, its diagonal ``(P,)``, or lower triangular ``(P, P)``.
         factor: L, ``(P, P)``.
     """
 
@@ -191,19 +236,24 @@ class WhitenedGaussian(GaussianWeights):
         self.scale = scale
         self.factor = factor
 
+    def log_det(self) -> Tensor:
+        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
+        return 2 * (diagonal.log().sum() - self.factor.diagonal().log().sum())
+
     def covariance_matmul(self, v: Tensor) -> Tensor:
-        columns = (v * self.scale).reshape(-1, len(self.mean)).mT
-        return torch.cholesky_solve(columns, self.factor).mT.reshape(v.shape) * self.scale
+        columns = scale_rows(v, self.scale).reshape(-1, len(self.mean)).mT
+        return color(torch.cholesky_solve(columns, self.factor).mT.reshape(v.shape), self.scale)
 
     def precision_matmul(self, v: Tensor) -> Tensor:
-        return ((v / self.scale) @ self.factor @ self.factor.mT) / self.scale
+        inner = solve_scale(self.scale, v) @ self.factor @ self.factor.mT
+        return solve_scale(self.scale, inner, transpose=True)
 
     def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:
-        # D L^-T e has covariance D (L L^T)^-1 D
+        # F L^-T e has covariance F (L L^T)^-1 F^T
         noise = self._noise((*sample_shape, len(self.mean)), generator)
         columns = noise.reshape(-1, len(self.mean)).mT
         white = torch.linalg.solve_triangular(self.factor.mT, columns, upper=True).mT.reshape(noise.shape)
-        return self.mean + self.scale * white
+        return self.mean + color(white, self.scale)
 
 
 class ImplicitGaussian(GaussianWeights):

@@ -245,8 +245,9 @@ def test_the_iterate_holds_the_samples_of_the_next_step():
 @pytest.mark.parametrize("name", ["VOGGN", "VOGN"])
 def test_samples_have_the_posteriors_moments(name):
     p = problem("gaussian")
-    opt = made(name, p, mc_samples=20_000)
+    opt = made(name, p)
     opt.step(*batch(p))
+    opt.mc_samples = 20_000
     samples, cov = opt.iterate().samples, opt.gaussian().covariance()
     assert_close(torch.cov(samples.T), cov, 0.05)
     assert float((samples.mean(0) - opt.mean).abs().max()) < 4 * float(cov.diagonal().max().sqrt()) / 100
