@@ -30,6 +30,7 @@ from .from_torch import collect, translate_loss
 from .kernels import JacobianKernel, NetworkMean, as_linearization
 from .laplace import FEATURES, Splitting
 from .likelihoods import GGNLikelihood
+from .linear_model import LinearModel, StackedRows
 from .linearize import Linearization, Rows
 from .losses import Loss
 from .model_state import (
@@ -59,53 +60,23 @@ _SOLVERS = {
 }
 
 
-class LaplaceGP(ExactGP):
-    """The Laplace-GGN approximation of a trained net as an exact GP (Theorem 1). Returned in eval mode.
+class NetworkGP(ExactGP):
+    """A net that is linear in its weights near where it was linearized, as an exact GP; returned in eval mode.
 
-    Args:
-        net: trained module (copied, frozen, never touched) or :class:`Linearization`.
-        train_x: ``(n, d)``, or ``(n, *input_shape)``, which then is taken as ``input_shape``.
-        train_y: labels, in the form that the loss wants.
-        loss: from ``losses``: the negative log-likelihood whose sum over the data, plus the weight penalty, the net
-            was trained on. Its noise is the initial value of ``gp.noise``.
-        prior_precision: delta of the penalty ``delta |w|^2 / 2``: a number, or one entry per group. For a mean loss
-            with weight decay see :meth:`from_training`.
-        groups: which parameters share a precision; see :class:`JacobianKernel`.
-        params: which weights are random; see :class:`Linearization`.
-        solver: "weight_space" (P x P), "function_space" (n K x n K), "iterative" (conjugate gradients, no evidence), or
-            "auto" for the cheaper dense one that fits in memory. They agree.
-        structure: "full", or "diagonal" for ``diag(J^T Lambda J)``, the paper's practical variant.
-        features: "jacobian" for the generalised Gauss-Newton matrix, "gradient" for the empirical Fisher (paper eq. 5
-            with ``phi = J^T r``): an n x n kernel whatever K is.
-        input_shape, input_dtype: see :class:`Linearization`.
-        prior_variance: see :class:`JacobianKernel`.
-        temperature: the loss is divided by it, so the noise of the dual Gaussian is multiplied; the labels' own is not.
-            The Laplace evidence then has ``log p(y|f) / T``, which is no density: compare it at one temperature only.
-        residual_kernel: a GPyTorch kernel, such as ``ScaleKernel(MaternKernel())``, added to that of the net, the same
-            for each output: far from the data the band widens to it whatever the features do. In function space;
-            its hyperparameters are fitted by the evidence with the others. Its dtype is that of the net.
-        progress: bars on long work: True, False, or None for terminals only.
-
-    Raises:
-        ValueError, TypeError: bad data, labels, net or hyperparameters, before any long work.
-        MemoryError: at the first use, if the asked-for solver does not fit; names the size and what else there is.
+    What :class:`LaplaceGP` (a trained net, Theorem 1) and :class:`VariationalGP` (an iterate of training, Theorem 2, or
+    any Gaussian over weights) share: all but how the linear model comes about. Make one of these.
     """
 
     def __init__(
         self,
-        net: nn.Module | Linearization,
+        kernel: JacobianKernel,
         train_x: Tensor,
         train_y: Tensor,
         loss: Loss,
-        prior_precision: float | Sequence[float] | Tensor = 1.0,
-        groups: Sequence[str | Sequence[str]] | None = None,
-        params: Sequence[str] | str | None = None,
+        model: LinearModel,
         solver: str = "auto",
         structure: str = "full",
         features: str = "jacobian",
-        input_shape: Sequence[int] | None = None,
-        input_dtype: torch.dtype | None = None,
-        prior_variance: Tensor | None = None,
         temperature: float = 1.0,
         residual_kernel: Kernel | None = None,
         progress: bool | None = None,
@@ -113,13 +84,15 @@ class LaplaceGP(ExactGP):
         _require_one_of("solver", solver, solvers.SOLVERS)
         _require_one_of("structure", structure, STRUCTURES)
         _require_one_of("features", features, FEATURES)
-        if not isinstance(loss, Loss):
-            raise TypeError(
-                f"loss must come from gpytorch_dnn2gp.losses; got {type(loss).__name__}. For a torch loss use "
-                "LaplaceGP.from_training; for your own function losses.from_callable."
-            )
+        _require_loss(loss)
         if structure == "diagonal" and solver != "auto":
             raise ValueError("structure='diagonal' needs no solver: leave solver='auto'.")
+        if kernel.structure.base_root is not None:
+            if structure != "full" or solver not in ("auto", "weight_space"):
+                raise ValueError(
+                    "A full prior covariance, P x P, works in weight space: leave structure='full' and solver='auto'."
+                )
+            solver = "weight_space"
         if residual_kernel is not None:
             if not isinstance(residual_kernel, Kernel):
                 raise TypeError(f"residual_kernel must be a GPyTorch kernel; got {type(residual_kernel).__name__}.")
@@ -129,10 +102,11 @@ class LaplaceGP(ExactGP):
                     "'auto' or 'function_space'."
                 )
             solver = "function_space"
-        lin = _linearization_for(net, train_x, params, input_shape, input_dtype)
+        lin = kernel.linearization
         super().__init__(None, None, GGNLikelihood(loss, lin, temperature=temperature))
-        self.mean_module = NetworkMean(lin)
-        self.covar_module = JacobianKernel(lin, prior_precision, groups, prior_variance)
+        self.model, self._given_temperature = model, float(temperature)
+        self.mean_module = NetworkMean(lin, None if model.away is None else lin.weights - model.away)
+        self.covar_module = kernel
         self.residual_kernel = None if residual_kernel is None else copy.deepcopy(residual_kernel).to(lin.weights)
         if features == "gradient" and not self.likelihood.per_example_noise and loss.has_noise and loss.noise.dim() > 0:
             self.likelihood.raw_noise.requires_grad_(False)  # the rows r^T J depend on it: set it, do not learn it
@@ -155,60 +129,22 @@ class LaplaceGP(ExactGP):
             raise ValueError("There are no training examples.")
         require_finite(f, "The net's output at the training inputs", "Scale the inputs as in training.")
         labels = loss.check_labels(y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
-        self.train_inputs, self.train_targets, self.train_labels = (x,), _output_targets(loss, f, labels), labels
+        self.train_inputs, self.train_targets, self.train_labels = (
+            (x,),
+            _output_targets(loss, f, labels, self.model.pull),
+            labels,
+        )
         self._inputs, self._labels, self._outputs = x, labels, f
+        self._sample_outputs = (
+            torch.cat([net(x).detach() for net in self.model.samples]) if self.model.samples else None
+        )
         if self.likelihood.per_example_noise:
             self.likelihood.train_inputs = x  # whose noise it is
+        if self._is_weighted:
+            # (c Lambda)^-1 is the dual Gaussian's noise; the labels' own stays
+            self.likelihood.temperature = self._given_temperature / self.model.weight(len(x))
         self._added: AddedData | None = None
         self._clear_solver()
-
-    @classmethod
-    def from_training(
-        cls,
-        net: nn.Module | Linearization,
-        data: Iterable | tuple[Tensor, Tensor],
-        torch_loss: nn.Module,
-        weight_decay: float | Sequence[float] | Tensor,
-        sigma: float | Tensor | None = None,
-        unpack: Callable | None = None,
-        **options,
-    ) -> LaplaceGP:
-        """From what was trained: a torch loss and the optimizer's weight decay.
-
-        Minimising ``mean loss + weight_decay |w|^2 / 2`` (what SGD and Adam do with ``weight_decay``) is minimising
-        ``c * mean loss + delta |w|^2 / 2`` with ``delta = c * weight_decay``, where c turns the torch loss into the sum
-        of negative log-likelihoods:
-
-            CrossEntropyLoss       c = n              BCEWithLogitsLoss, PoissonNLLLoss     c = n K
-            MSELoss                c = n K / (2 sigma^2)
-            reduction="sum"        c = 1, and 1 / (2 sigma^2) for MSELoss, all data in one batch; with minibatches the
-                                   sum of a batch counts for the whole: multiply weight_decay by n / batch size
-
-        AdamW decouples its decay from the loss, so no delta corresponds to it exactly: choose one by the evidence.
-
-        Args:
-            net: as above.
-            data: ``(x, y)``, or a ``DataLoader`` or any iterable of batches: tuples ``(x, y)``, or dicts with one entry
-                for the inputs and one called y, label, labels, target or targets.
-            torch_loss: one of the modules above (label smoothing allowed).
-            weight_decay: a number, or one entry per group.
-            sigma: noise standard deviation, for MSELoss.
-            unpack: ``batch -> (x, y)``, for other batches.
-            options: of :class:`LaplaceGP`.
-        """
-        x, y = collect(data, unpack)
-        net = _linearization_for(
-            net, x, *(options.pop(name, None) for name in ("params", "input_shape", "input_dtype"))
-        )
-        f = net(net.flatten_inputs(x))
-        loss, labels, scale = translate_loss(torch_loss, f, y, sigma)
-        delta = torch.as_tensor(weight_decay, dtype=f.dtype) * torch.as_tensor(scale, dtype=f.dtype)
-        if not (delta > 0).all():
-            raise ValueError(
-                "weight_decay must be positive: without it there is no prior on the weights. For a net trained without "
-                "it use LaplaceGP(net, x, y, loss, prior_precision=...) and choose it by the evidence."
-            )
-        return cls(net, x, labels, loss, delta, **options)
 
     # ---- hyperparameters: kept by kernel and likelihood, forwarded here
 
@@ -247,8 +183,8 @@ class LaplaceGP(ExactGP):
 
     @property
     def solver(self) -> str:
-        """The solver in use: what "auto" chose, or "diagonal"."""
-        names = {kind: name for name, kind in _SOLVERS.items()} | {solvers.Diagonal: "diagonal"}
+        """The solver in use: what "auto" chose, "diagonal", or "given" where the posterior was."""
+        names = {kind: name for name, kind in _SOLVERS.items()} | {solvers.Diagonal: "diagonal", solvers.Given: "given"}
         return names[self._solver_class() if self._solver is None else type(self._solver[1])]
 
     # ---- GPyTorch model
@@ -275,6 +211,12 @@ class LaplaceGP(ExactGP):
             raise ValueError(
                 "This GP was conditioned on examples with noise of their own, which its likelihood does not know in "
                 "train mode. Its evidence is gp.log_evidence(kind='gp') or LaplaceMarginalLogLikelihood."
+            )
+        if self.training and (self.model.samples or self.model.given is not None):
+            raise ValueError(
+                "In train mode GPyTorch asks for a prior over the training inputs. This GP has "
+                + ("several rows for each, one per sample." if self.model.samples else "a posterior that was given.")
+                + " Its evidence is gp.log_evidence()."
             )
         if self.training or gpytorch.settings.prior_mode.on() or self.train_inputs is None:
             return super().__call__(x, **kwargs)
@@ -331,7 +273,7 @@ class LaplaceGP(ExactGP):
                 where the noise was given per example.
 
         Returns:
-            A new :class:`LaplaceGP`; with batch dimensions its posteriors have them too.
+            A new GP of the same kind; with batch dimensions its posteriors have them too.
         """
         lin = self.linearization
         x = lin.flatten_inputs(inputs if isinstance(inputs, Tensor) else inputs[0])
@@ -346,7 +288,7 @@ class LaplaceGP(ExactGP):
         labels = canonical_labels(self._loss_of(any_noise), targets, x, self._labels, self._outputs)
         return self._with(x, labels, noise)
 
-    def _with(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> LaplaceGP:
+    def _with(self, x: Tensor, labels: Tensor, noise: Tensor | None) -> NetworkGP:
         """The GP with these checked data added to those it has."""
         lin, event_dims = self.linearization, self._labels.dim()
         if self._added is not None:
@@ -363,8 +305,8 @@ class LaplaceGP(ExactGP):
         new.train_inputs = (both(self._inputs, x),)
         new.train_labels = both(self._labels, added.labels)
         new.train_targets = both(
-            _output_targets(self.loss, self._outputs, self._labels),
-            _output_targets(self._loss_of(added.noise_or(self.noise)), added.outputs, added.labels),
+            _output_targets(self.loss, self._outputs, self._labels, self.model.pull),
+            _output_targets(self._loss_of(added.noise_or(self.noise)), added.outputs, added.labels, self.model.pull),
         )
         return new
 
@@ -391,11 +333,11 @@ class LaplaceGP(ExactGP):
         require_positive(noise, "noise")
         return noise
 
-    def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> LaplaceGP:
+    def condition_on(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> NetworkGP:
         """See :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(x, y, noise=noise)
 
-    def __deepcopy__(self, memo: dict) -> LaplaceGP:
+    def __deepcopy__(self, memo: dict) -> NetworkGP:
         # Added data may carry a graph, which cannot be copied and need not be: nothing writes into them.
         kept = (self._added, self._conditioned, *self.train_inputs, self.train_targets, self.train_labels)
         memo.update({id(item): item for item in kept if item is not None})
@@ -404,10 +346,10 @@ class LaplaceGP(ExactGP):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
-    def _shallow_copy(self) -> LaplaceGP:
+    def _shallow_copy(self) -> NetworkGP:
         """A copy with hyperparameters of its own, which shares the frozen net, the data and all that was computed."""
         shared = (
-            *(self.linearization, self._solver, self._base_posterior, self._conditioned, self._added),
+            *(self.linearization, self.model, self._solver, self._base_posterior, self._conditioned, self._added),
             *(self._inputs, self._labels, self._outputs, self.train_inputs, self.train_targets, self.train_labels),
         )
         return copy.deepcopy(self, {id(item): item for item in shared if item is not None})
@@ -466,8 +408,13 @@ class LaplaceGP(ExactGP):
     @in_plain_mode
     def dual_data(self) -> dual.DualData:
         """The regression data of Theorem 1: inputs, targets ``y~`` and noise precision."""
-        w = self.linearization.weights
-        n, k = self.train_inputs[0].shape[-2], 1 if self.features == "gradient" else self.num_outputs
+        if self.model.given is not None:
+            raise ValueError("The Gaussian over weights was given: it is a posterior, and no regression led to it.")
+        w = self._mean_weights
+        n, k = (
+            self.train_inputs[0].shape[-2] * self.model.num_samples,
+            1 if self.features == "gradient" else self.num_outputs,
+        )
         tiling.require_memory(
             3 * n * k * k,
             self._outputs.dtype,
@@ -481,24 +428,27 @@ class LaplaceGP(ExactGP):
                 for splitting, rows in self._all_data("dual_data")
             ]
         targets, precisions = zip(*parts, strict=True)
-        return dual.DualData(self.train_inputs[0], torch.cat(targets), torch.cat(precisions))
+        inputs = torch.cat([self._inputs.repeat(self.model.num_samples, 1), self.train_inputs[0][len(self._inputs) :]])
+        return dual.DualData(inputs, torch.cat(targets), torch.cat(precisions))
 
     @in_plain_mode
     def weight_posterior(self) -> GaussianWeights:
-        """``N(w* - Sigma g, Sigma)`` over the selected weights."""
+        """``N(w* - Sigma g, Sigma)`` over the selected weights; mu_t in the place of w* for an iterate."""
         posterior = self.posterior()
-        return posterior.weights(self.linearization.weights - posterior.step)
+        return posterior.weights(self._mean_weights - posterior.step)
 
     @in_plain_mode
     def stationarity(self) -> Stationarity:
-        """How far the net is from a stationary point."""
-        w = self.linearization.weights
+        """How far the net is from a stationary point; for an iterate, how far its next step goes."""
+        self._require_prior("stationarity")
         with torch.no_grad():
-            gradient = w / self.covar_module.prior().variance
+            gradient = self.covar_module.prior().precision_matmul(self._away)
             for splitting, rows in self._all_data("stationarity"):
                 gradient = gradient + rows.rmatmul(splitting.v)
             # g^T (Sigma g): unlike the solver's own form it does not cancel near a stationary point
             decrement = gradient @ self.posterior().step
+            if self.model.given is not None:  # which stays where it is
+                decrement = gradient @ self.model.given.covariance_matmul(gradient)
             if self.residual_kernel is not None:  # whose function moves too, besides the weights
                 decrement = self.posterior().newton_decrement
             decrement = decrement.clamp(min=0)
@@ -518,6 +468,9 @@ class LaplaceGP(ExactGP):
         _require_one_of("kind", kind, ("laplace", "gp"))
         if kind == "gp" and self.structure == "diagonal":
             raise ValueError("structure='diagonal' has no GP evidence: its kernel is not the prior's. Use 'laplace'.")
+        self._require_prior("log_evidence")
+        if kind == "gp" and self.model.given is not None:
+            raise ValueError("A Gaussian that was given has no GP evidence, as no regression led to it. Use 'laplace'.")
         if prior_precision is not None:
             prior_precision = torch.as_tensor(prior_precision, dtype=self._outputs.dtype, device=self._outputs.device)
             require_positive(prior_precision.detach(), "prior_precision")
@@ -536,7 +489,7 @@ class LaplaceGP(ExactGP):
             posterior = self.posterior()
         splittings = [self._splitting(noise)] + ([] if self._added is None else [self._added_splitting(noise)])
         prior = self.covar_module.prior(prior_precision)
-        return solvers.log_evidence(posterior, prior, splittings, self.linearization.weights, kind)
+        return solvers.log_evidence(posterior, prior, splittings, self._away, kind)
 
     @in_plain_mode
     def posterior(self) -> solvers.Posterior:
@@ -589,16 +542,47 @@ class LaplaceGP(ExactGP):
     def _condition(self, base: solvers.Posterior, noise: Tensor | None) -> Conditioned:
         return condition(base, self._added.rows, self._added_splitting(noise))
 
+    @property
+    def _is_weighted(self) -> bool:
+        return self.model.rate != 1 or self.model.train_size is not None
+
+    @property
+    def _mean_weights(self) -> Tensor:
+        """w*, or mu_t: what the linear model is expanded about, ``(P,)``."""
+        return self.linearization.weights if self.model.mean is None else self.model.mean
+
+    @property
+    def _away(self) -> Tensor:
+        """The same less the prior's mean, ``(P,)``."""
+        return self._mean_weights if self.model.away is None else self.model.away
+
+    def _require_prior(self, what: str) -> None:
+        if not self.model.prior_known:
+            raise ValueError(
+                f"{what} compares the Gaussian over weights with the prior it came from, which is not known here: give "
+                "VariationalGP prior_precision=."
+            )
+
     def _loss_of(self, noise: Tensor | None) -> Loss:
         return self.likelihood.loss_with(noise)
 
     def _splitting(self, noise: Tensor | None = None) -> Splitting:
-        return Splitting(self._loss_of(noise), self._outputs, self._labels, self.features, self.likelihood.temperature)
+        loss, f, labels = self._loss_of(noise), self._outputs, self._labels
+        n, s = len(labels), self.model.num_samples
+        if self.model.samples:
+            index = torch.arange(n, device=f.device).repeat(s)
+            loss, f, labels = loss.subset(index), self._sample_outputs, labels[index]
+        weight = self.model.weight(n)
+        temperature = self.likelihood.temperature * (weight if self._is_weighted else 1)
+        return Splitting(loss, f, labels, self.features, temperature, weight, self.model.pull)
 
     def _added_splitting(self, noise: Tensor | None = None) -> Splitting:
         added = self._added
         loss = self._loss_of(noise if added.noise is None else added.noise_or(self.noise if noise is None else noise))
-        return Splitting(loss, added.outputs, added.labels, self.features, self.likelihood.temperature)
+        weight = self.model.weight(len(self._labels))
+        temperature = self.likelihood.temperature * (weight if self._is_weighted else 1)
+        weight = weight * self.model.num_samples  # seen at one net
+        return Splitting(loss, added.outputs, added.labels, self.features, temperature, weight, self.model.pull)
 
     def _all_data(self, what: str) -> list[tuple[Splitting, Rows]]:
         """Splittings and rows of the original and the added data."""
@@ -611,10 +595,12 @@ class LaplaceGP(ExactGP):
             data.append((splitting, self.linearization.rows(self._added.inputs, splitting.cotangents())))
         return data
 
-    def _training_rows(self, splitting: Splitting) -> Rows:
-        return self.linearization.rows(self._inputs, splitting.cotangents())
+    def _training_rows(self, splitting: Splitting) -> Rows | StackedRows:
+        return self.model.rows(self.linearization, self._inputs, splitting.cotangents())
 
     def _solver_class(self) -> type[solvers.Solver]:
+        if self.model.given is not None:
+            return solvers.Given
         if self.structure == "diagonal":
             return solvers.Diagonal
         if self.requested_solver != "auto":
@@ -626,13 +612,15 @@ class LaplaceGP(ExactGP):
     def _solver_for(self, splitting: Splitting, sums: dict[str, Tensor] | None = None) -> solvers.Solver:
         """The sums over the data, taken once, or given; again only where the rows themselves depend on the noise."""
         key = (splitting.unit().loss.noise.detach(),) if self.features == "gradient" and self.noise is not None else ()
+        if self.model.given is not None:
+            return solvers.Given(self.model.given)
         if self._solver is None or not _same(self._solver[0], key):
             solver = self._solver_class()(
                 self._training_rows(splitting),
                 splitting,
                 self.covar_module.groups,
                 self.covar_module.structure.base_variance,
-                self.linearization.weights,
+                self._away,
                 self.show_progress,
                 sums,
             )
@@ -703,7 +691,7 @@ class LaplaceGP(ExactGP):
             "residual_kernel": None if self.residual_kernel is None else described(self.residual_kernel),
             "hyperparameters": [hyperparameters(module) for module in self._parts()],
         }
-        data = [self._inputs, self._labels]
+        data = [self._inputs, self._labels, *self.model.tensors()]
         if added is not None:
             data += [added.inputs, added.labels, *_present(added.noise)]
         outputs = self._outputs.detach().double().flatten()
@@ -756,6 +744,7 @@ class LaplaceGP(ExactGP):
             raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         # others may share the frozen net (the GP this one was conditioned from): move a copy
         self._use_linearization(copy.deepcopy(self.linearization))
+        self.model = self.model.map(fn)
         result = super()._apply(fn)
         self._renew(fn)
         return result
@@ -772,7 +761,111 @@ class LaplaceGP(ExactGP):
         self.train_targets, self.train_labels = moved.train_targets, moved.train_labels
 
 
-def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
+class LaplaceGP(NetworkGP):
+    """The Laplace-GGN approximation of a trained net as an exact GP (Theorem 1). Returned in eval mode.
+
+    Args:
+        net: trained module (copied, frozen, never touched) or :class:`Linearization`.
+        train_x: ``(n, d)``, or ``(n, *input_shape)``, which then is taken as ``input_shape``.
+        train_y: labels, in the form that the loss wants.
+        loss: from ``losses``: the negative log-likelihood whose sum over the data, plus the weight penalty, the net
+            was trained on. Its noise is the initial value of ``gp.noise``.
+        prior_precision: delta of the penalty ``delta |w|^2 / 2``: a number, or one entry per group. For a mean loss
+            with weight decay see :meth:`from_training`.
+        groups: which parameters share a precision; see :class:`JacobianKernel`.
+        params: which weights are random; see :class:`Linearization`.
+        solver: "weight_space" (P x P), "function_space" (n K x n K), "iterative" (conjugate gradients, no evidence), or
+            "auto" for the cheaper dense one that fits in memory. They agree.
+        structure: "full", or "diagonal" for ``diag(J^T Lambda J)``, the paper's practical variant.
+        features: "jacobian" for the generalised Gauss-Newton matrix, "gradient" for the empirical Fisher (paper eq. 5
+            with ``phi = J^T r``): an n x n kernel whatever K is.
+        input_shape, input_dtype: see :class:`Linearization`.
+        prior_variance: see :class:`JacobianKernel`.
+        temperature: the loss is divided by it, so the noise of the dual Gaussian is multiplied; the labels' own is not.
+            The Laplace evidence then has ``log p(y|f) / T``, which is no density: compare it at one temperature only.
+        residual_kernel: a GPyTorch kernel, such as ``ScaleKernel(MaternKernel())``, added to that of the net, the same
+            for each output: far from the data the band widens to it whatever the features do. In function space;
+            its hyperparameters are fitted by the evidence with the others. Its dtype is that of the net.
+        progress: bars on long work: True, False, or None for terminals only.
+
+    Raises:
+        ValueError, TypeError: bad data, labels, net or hyperparameters, before any long work.
+        MemoryError: at the first use, if the asked-for solver does not fit; names the size and what else there is.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | Linearization,
+        train_x: Tensor,
+        train_y: Tensor,
+        loss: Loss,
+        prior_precision: float | Sequence[float] | Tensor = 1.0,
+        groups: Sequence[str | Sequence[str]] | None = None,
+        params: Sequence[str] | str | None = None,
+        solver: str = "auto",
+        structure: str = "full",
+        features: str = "jacobian",
+        input_shape: Sequence[int] | None = None,
+        input_dtype: torch.dtype | None = None,
+        prior_variance: Tensor | None = None,
+        temperature: float = 1.0,
+        residual_kernel: Kernel | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        _require_loss(loss)
+        lin = linearization_for(net, train_x, params, input_shape, input_dtype)
+        kernel = JacobianKernel(lin, prior_precision, groups, prior_variance)
+        options = (solver, structure, features, temperature, residual_kernel, progress)
+        super().__init__(kernel, train_x, train_y, loss, LinearModel(), *options)
+
+    @classmethod
+    def from_training(
+        cls,
+        net: nn.Module | Linearization,
+        data: Iterable | tuple[Tensor, Tensor],
+        torch_loss: nn.Module,
+        weight_decay: float | Sequence[float] | Tensor,
+        sigma: float | Tensor | None = None,
+        unpack: Callable | None = None,
+        **options,
+    ) -> LaplaceGP:
+        """From what was trained: a torch loss and the optimizer's weight decay.
+
+        Minimising ``mean loss + weight_decay |w|^2 / 2`` (what SGD and Adam do with ``weight_decay``) is minimising
+        ``c * mean loss + delta |w|^2 / 2`` with ``delta = c * weight_decay``, where c turns the torch loss into the sum
+        of negative log-likelihoods:
+
+            CrossEntropyLoss       c = n              BCEWithLogitsLoss, PoissonNLLLoss     c = n K
+            MSELoss                c = n K / (2 sigma^2)
+            reduction="sum"        c = 1, and 1 / (2 sigma^2) for MSELoss, all data in one batch; with minibatches the
+                                   sum of a batch counts for the whole: multiply weight_decay by n / batch size
+
+        AdamW decouples its decay from the loss, so no delta corresponds to it exactly: choose one by the evidence.
+
+        Args:
+            net: as above.
+            data: ``(x, y)``, or a ``DataLoader`` or any iterable of batches: tuples ``(x, y)``, or dicts with one entry
+                for the inputs and one called y, label, labels, target or targets.
+            torch_loss: one of the modules above (label smoothing allowed).
+            weight_decay: a number, or one entry per group.
+            sigma: noise standard deviation, for MSELoss.
+            unpack: ``batch -> (x, y)``, for other batches.
+            options: of :class:`LaplaceGP`.
+        """
+        x, y = collect(data, unpack)
+        net = linearization_for(net, x, *(options.pop(name, None) for name in ("params", "input_shape", "input_dtype")))
+        f = net(net.flatten_inputs(x))
+        loss, labels, scale = translate_loss(torch_loss, f, y, sigma)
+        delta = torch.as_tensor(weight_decay, dtype=f.dtype) * torch.as_tensor(scale, dtype=f.dtype)
+        if not (delta > 0).all():
+            raise ValueError(
+                "weight_decay must be positive: without it there is no prior on the weights. For a net trained without "
+                "it use LaplaceGP(net, x, y, loss, prior_precision=...) and choose it by the evidence."
+            )
+        return cls(net, x, labels, loss, delta, **options)
+
+
+def _after_loading_state(gp: NetworkGP, _keys: object) -> None:
     """Where ``load_state_dict`` changed the net, outputs and sums follow; the outputs must be the saved ones."""
     outputs = gp.__dict__.pop("_loading", None)  # None with strict=False, where it is not there
     changed = has_new_net(gp.covar_module)
@@ -795,20 +888,20 @@ def _after_loading_state(gp: LaplaceGP, _keys: object) -> None:
         forget(module)
 
 
-def _output_targets(loss: Loss, f: Tensor, labels: Tensor) -> Tensor:
+def _output_targets(loss: Loss, f: Tensor, labels: Tensor, pull: float) -> Tensor:
     """Targets in output form, ``(n,)`` or ``(n, K)``: ``f - Lambda^-1 r`` where it exists, else f as a placeholder."""
     targets = f
-    if loss.has_noise:
-        targets = labels  # a Gaussian's: f - sigma^2 (f - y) / sigma^2 = y
+    if loss.has_noise:  # a Gaussian's: f - sigma^2 (f - y) / sigma^2 = y
+        targets = labels if pull == 1 else f - pull * (f - labels)
     elif loss.invertible:
         try:
-            targets = f - dual.newton_offset(Splitting(loss, f, labels))
+            targets = f - pull * dual.newton_offset(Splitting(loss, f, labels))
         except ValueError:  # a saturated example has no target; posterior and evidence do not read any
             targets = f
     return targets.squeeze(-1) if f.shape[-1] == 1 else targets
 
 
-def _linearization_for(
+def linearization_for(
     net: nn.Module | Linearization,
     x: Tensor,
     params: Sequence[str] | str | None,
@@ -819,6 +912,14 @@ def _linearization_for(
     if input_shape is None and not isinstance(net, Linearization) and getattr(x, "ndim", 0) > 2:
         input_shape = x.shape[1:]
     return as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
+
+
+def _require_loss(loss: object) -> None:
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"loss must come from gpytorch_dnn2gp.losses; got {type(loss).__name__}. For a torch loss use "
+            "LaplaceGP.from_training; for your own function losses.from_callable."
+        )
 
 
 def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:

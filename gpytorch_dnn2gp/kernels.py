@@ -27,9 +27,9 @@ from torch.autograd import forward_ad
 from . import tiling
 from .linearize import Linearization
 from .model_state import digest
-from .numerics import in_plain_mode, require_finite, require_like, require_positive
+from .numerics import cholesky, in_plain_mode, require_finite, require_like, require_positive
 from .operators import Covariance, FeatureGram, NoisyFeatureGram
-from .weights import Prior, WeightGroups, weight_groups
+from .weights import Prior, WeightGroups, scale_rows, weight_groups
 
 
 def as_linearization(net: nn.Module | Linearization, **options) -> Linearization:
@@ -50,11 +50,13 @@ def log_positive() -> Positive:
 class _PriorStructure(nn.Module):
     """What is fixed of the weight prior: it moves with the kernel and is no batched hyperparameter of it."""
 
-    def __init__(self, groups: WeightGroups, base_variance: Tensor | None, lin: Linearization) -> None:
+    def __init__(self, groups: WeightGroups, prior_variance: Tensor | None, lin: Linearization) -> None:
         super().__init__()
+        full = prior_variance is not None and prior_variance.dim() == 2
         self.groups = groups
         self.register_buffer("group_index", groups.index(lin.device), persistent=False)
-        self.register_buffer("base_variance", base_variance)
+        self.register_buffer("base_variance", None if full else prior_variance)
+        self.register_buffer("base_root", cholesky(prior_variance, "prior_variance") if full else None)
         # which weights there are and which share a precision, so that a state_dict is recognised
         described = {"params": [list(lin.param_names), list(lin.param_sizes)]}
         identity = digest(described, [groups.index(torch.device("cpu"))])
@@ -218,7 +220,8 @@ class JacobianKernel(Kernel):
             entry per kernel, and ``(*batch_shape, G)`` in general.
         groups: partition of the parameters, each entry a name, a prefix or a list of them; None means all weights for
             one precision, and the parameter tensors for several.
-        prior_variance: ``(P,)``, a fixed diagonal prior covariance, as from VOGN; ones by default.
+        prior_variance: a fixed prior covariance, ``(P,)`` for a diagonal one, as from VOGN, or ``(P, P)``, as from
+            VOGGN (then with one group); ones by default.
         params, input_shape, input_dtype: see :class:`Linearization`.
         batch_shape: batch of hyperparameters.
         prior_precision_prior: GPyTorch prior on ``prior_precision``.
@@ -258,13 +261,17 @@ class JacobianKernel(Kernel):
             num_precisions = 1  # a batch of precisions is fitted to the groups once these are known
         partition = weight_groups(lin.param_names, lin.param_sizes, groups, num_precisions)
         if prior_variance is not None:
-            if prior_variance.shape != (lin.num_weights,):
+            p = lin.num_weights
+            if prior_variance.shape not in ((p,), (p, p)):
                 raise ValueError(
-                    f"prior_variance has shape {tuple(prior_variance.shape)}; the net has {lin.num_weights} selected "
-                    "weights."
+                    f"prior_variance has shape {tuple(prior_variance.shape)}; the net has {p} selected weights: give "
+                    f"({p},) or ({p}, {p})."
                 )
             require_like(prior_variance, lin.weights, "prior_variance", "the net")
-            require_positive(prior_variance, "prior_variance")
+            if prior_variance.dim() == 1:
+                require_positive(prior_variance, "prior_variance")
+            elif len(partition) > 1 or batch_shape:
+                raise ValueError("A full prior_variance (P, P) has one prior_precision; leave groups and batches out.")
             prior_variance = prior_variance.detach().clone()
         self.structure = _PriorStructure(partition, prior_variance, lin)
         self.register_load_state_dict_pre_hook(_require_same_identity)
@@ -319,11 +326,13 @@ class JacobianKernel(Kernel):
     def prior(self, precision: Tensor | None = None) -> Prior:
         """The weight prior at the present (or the given) ``prior_precision``; for an unbatched kernel."""
         precision = self.prior_precision if precision is None else precision
-        return Prior(precision, self.structure.group_index, self.structure.base_variance)
+        return Prior(precision, self.structure.group_index, self.structure.base_variance, self.structure.base_root)
 
     @property
     def prior_variance(self) -> Tensor:
         """Diagonal of S0, ``(*batch_shape, P)``."""
+        if self.structure.base_root is not None:
+            return self.prior().variance
         variance = self.prior_precision.reciprocal()[..., self.structure.group_index]
         base = self.structure.base_variance
         return variance if base is None else variance * base
@@ -341,7 +350,11 @@ class JacobianKernel(Kernel):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """phi, ``(*batch, n, K, P)``, with ``k(x, x') = phi(x) phi(x')^T``."""
-        phi = self._jacobians(self.linearization, x) * self.prior_variance.sqrt()[..., None, None, :]
+        phi = self._jacobians(self.linearization, x)
+        if self.structure.base_root is not None:
+            phi = scale_rows(phi, self.prior().scale)
+        else:
+            phi = phi * self.prior_variance.sqrt()[..., None, None, :]
         batch_shape = torch.broadcast_shapes(phi.shape[:-3], x.shape[:-2])
         return phi.expand(*batch_shape, *phi.shape[-3:])
 
@@ -353,7 +366,8 @@ class JacobianKernel(Kernel):
             raise RuntimeError("JacobianKernel does not accept last_dim_is_batch: a net reads all dimensions at once.")
         lin, same = self.linearization, _same_inputs(x1, x2)
         num_rows = self.num_outputs_per_input(x1, x2) * (x1.shape[:-1].numel() + x2.shape[:-1].numel())
-        small = bool(self.batch_shape) or tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
+        full = self.structure.base_root is not None  # P x P fits, so P rows do
+        small = full or bool(self.batch_shape) or tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
         if diag:
             if same and not small:
                 return lin.gram_blocks(x1, self.prior_variance).diagonal(dim1=-2, dim2=-1).flatten(-2)

@@ -534,6 +534,51 @@ class DiagonalPosterior(Posterior):
         return DiagonalGaussian(mean, self.variance)
 
 
+# ---- given
+
+
+class Given(Solver):
+    """A Gaussian over weights that was given, from SWAG or IVON, say: the data are in it, and nothing is solved for."""
+
+    def __init__(self, weights: GaussianWeights) -> None:
+        self._weights = weights
+
+    def _prepare(self, unit, groups, base_variance, progress):
+        pass
+
+    def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
+        return _GivenPosterior(self._weights, prior)
+
+
+class _GivenPosterior(Posterior):
+    def __init__(self, weights: GaussianWeights, prior: Prior) -> None:
+        self._weights, self._prior = weights, prior
+        self._step = torch.zeros_like(weights.mean)
+        self.newton_decrement = self._step.sum()
+
+    @property
+    def step(self) -> Tensor:
+        return self._step
+
+    @property
+    def log_det(self) -> Tensor:
+        # log|S Sigma^-1|
+        return self._prior.variance.log().sum() - self._weights.log_det()
+
+    def covariance(self, rows: Rows) -> Tensor:
+        return symmetrize(self.cross_covariance(rows, rows))
+
+    def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
+        return rows1.batched_features() @ self._weights.covariance_matmul(rows2.batched_features()).mT
+
+    def covariance_blocks(self, rows: Rows) -> Tensor:
+        blocks = [symmetrize(u @ self._weights.covariance_matmul(u).mT) for _, u in rows.blocks()]
+        return torch.cat(blocks).unflatten(0, rows.batch_shape)
+
+    def weights(self, mean: Tensor) -> GaussianWeights:
+        return self._weights.at(mean)
+
+
 # ---- which one
 
 

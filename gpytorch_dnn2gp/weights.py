@@ -160,6 +160,19 @@ class GaussianWeights(ABC):
     """
 
     mean: Tensor
+    _names: tuple[str, ...] = ("mean",)  # of the tensors it is made of
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name: arguments of its class."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> GaussianWeights:
+        """The same with ``fn`` done to every tensor, as ``Module.to`` does."""
+        return type(self)(**{name: fn(tensor) for name, tensor in self.tensors().items()})
+
+    def at(self, mean: Tensor) -> GaussianWeights:
+        """The same covariance around another mean, ``(P,)``."""
+        return type(self)(**{**self.tensors(), "mean": mean})
 
     @abstractmethod
     def covariance_matmul(self, v: Tensor) -> Tensor:
@@ -203,6 +216,8 @@ class GaussianWeights(ABC):
 class DiagonalGaussian(GaussianWeights):
     """``N(mean, diag(variance))``; both ``(P,)``."""
 
+    _names = ("mean", "variance")
+
     def __init__(self, mean: Tensor, variance: Tensor) -> None:
         require_positive(variance.detach(), "variance")
         self.mean = mean
@@ -230,6 +245,8 @@ class WhitenedGaussian(GaussianWeights):
         scale: F, its diagonal ``(P,)``, or lower triangular ``(P, P)``.
         factor: L, ``(P, P)``.
     """
+
+    _names = ("mean", "scale", "factor")
 
     def __init__(self, mean: Tensor, scale: Tensor, factor: Tensor) -> None:
         self.mean = mean

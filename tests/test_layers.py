@@ -26,6 +26,7 @@ HOUSE = [
     "laplace",
     "optim",
     "dual",
+    "linear_model",
     "solvers",
     "conditioning",
     "added_data",
