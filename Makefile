@@ -5,10 +5,12 @@
 #                                            so the options that pytorch.org names for CPU or CUDA go here.
 #                                            Read when .venv is made; `make clean` first to change it later.
 #   make test ARGS="-k evidence -x"          options for pytest
+#   make fuzz SEEDS=0:10000                  other random nets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+SEEDS ?= 0:640
 
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -20,11 +22,12 @@ PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test fuzz bench lint format clean
 
 help:
 	@echo "make demo     turn two trained nets into GPs on real data (examples/quickstart.py)"
 	@echo "make test     ruff and pytest"
+	@echo "make fuzz     Grams of 640 random nets against per-example autodiff (SEEDS=0:640), two minutes"
 	@echo "make bench    time and memory of examples/benchmarks, for docs/benchmarks.md"
 	@echo "make lint     ruff alone"
 	@echo "make format   let ruff sort imports, mend what it can and lay out the code"
@@ -35,6 +38,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(READY)
+	$(BIN)/python -m pytest tests/test_fuzz_gram.py --seeds $(SEEDS) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/wide_outputs.py

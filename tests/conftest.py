@@ -87,3 +87,12 @@ def reference():
         return loaded
 
     return load
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seeds",
+        type=lambda text: range(*map(int, text.split(":"))),
+        default=range(10, 300, 11),
+        help="seeds of the random nets in test_fuzz_gram.py, FIRST:END or FIRST:END:STEP (default 10:300:11)",
+    )
