@@ -27,7 +27,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo     turn two trained nets into GPs on real data (examples/quickstart.py)"
 	@echo "make test     ruff and pytest"
-	@echo "make fuzz     Grams of 640 random nets against per-example autodiff (SEEDS=0:640), two minutes"
+	@echo "make fuzz     Grams of 640 random nets against per-example autodiff (SEEDS=0:640)"
 	@echo "make bench    time and memory of examples/benchmarks, for docs/benchmarks.md"
 	@echo "make lint     ruff alone"
 	@echo "make format   let ruff sort imports, mend what it can and lay out the code"

@@ -63,8 +63,8 @@ class Draw(random.Random):
 
     Args:
         seed: of this case.
-        least: a normalisation takes its mean and variance of so many numbers or more. Of one number it makes zero, of two
-            nearly signs: what is differentiated through them (twice: even more so) is then noise.
+        least: a normalisation takes its mean and variance of so many numbers or more. Of one number it makes zero, of
+            two nearly signs: what is differentiated through them (twice: even more so) is then noise.
     """
 
     def __init__(self, seed: int, least: int = 2) -> None:
@@ -836,7 +836,7 @@ def _head(draw: Draw, shape, optional: bool) -> list[nn.Module]:
 @torch.no_grad()
 def _randomize(net: nn.Module) -> None:
     """Nothing at its default of zero or one, running statistics among them."""
-    for name, p in net.named_parameters():
+    for p in net.parameters():
         if p.dim() <= 1:
             p.add_(0.3 * torch.randn_like(p))
     for name, buffer in net.named_buffers():

@@ -1,7 +1,7 @@
 """Grams of random nets against per-example autodiff, at 1e-10: every layer rule, the fallback, and how they combine.
 
-A sample of the seeds runs with the suite. ``make fuzz`` runs all of them, ``pytest tests/test_fuzz_gram.py --seeds 0:50``
-any others; ``random_nets.py`` says what a seed draws.
+A sample of the seeds runs with the suite, ``make fuzz`` runs many more, ``pytest tests/test_fuzz_gram.py --seeds 7:8``
+one of them. ``random_nets.py`` says what a seed draws.
 """
 
 import contextlib
