@@ -27,6 +27,7 @@ from .numerics import NumericalWarning
 from .prediction import Prediction, Stationarity
 from .selection import fit_evidence
 from .serialization import load, save
+from .variational import VariationalGP, sampling_predictive
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "NumericalWarning",
     "Prediction",
     "Stationarity",
+    "VariationalGP",
     "dual",
     "fit_evidence",
     "laplace",
@@ -50,6 +52,7 @@ __all__ = [
     "optim",
     "plotting",
     "predictive",
+    "sampling_predictive",
     "save",
     "selection",
     "solvers",

@@ -181,3 +181,13 @@ class StackedRows:
     def cross(self, rows: Tensor) -> Tensor:
         """``rows U^T``, ``(..., N m)``, for given feature rows ``(..., P)``."""
         return torch.cat([part.cross(rows) for part in self.parts], -1)
+
+
+@torch.no_grad()
+def at_weights(lin: Linearization, weights: Tensor) -> Linearization:
+    """A copy of ``lin`` at other weights ``(P,)``."""
+    lin = copy.deepcopy(lin)
+    parameters = dict(lin.net.named_parameters())
+    for name, value in lin.function.unflatten(weights).items():
+        parameters[name].copy_(value)
+    return lin

@@ -102,6 +102,7 @@ class Iterate:
         temperature: the loss is divided by it.
         features: "jacobian" for ``J^T Lambda J``, "gradient" for squared gradients of each example.
         param_names: of the weights.
+        groups, group_precision: names of the parameters in each prior group, and its delta, ``(G,)``.
     """
 
     mean: Tensor
@@ -115,6 +116,8 @@ class Iterate:
     temperature: float = 1.0
     features: str = "jacobian"
     param_names: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    group_precision: Tensor | None = None
 
     @property
     def diagonal(self) -> bool:
@@ -222,12 +225,13 @@ class GaussNewton(torch.optim.Optimizer):
         starts = [part.start for part in self._function.slices()]
         owners = partition.index(torch.device("cpu"))[starts].tolist()
         values = delta.reshape(-1).expand(len(partition)).tolist()
-        param_groups = [
-            {
-                "params": [parameters[name] for name, owner in zip(names, owners, strict=True) if owner == number],
-                "prior_precision": values[number],
-            }
+        self._group_names = [
+            tuple(name for name, owner in zip(names, owners, strict=True) if owner == number)
             for number in range(len(partition))
+        ]
+        param_groups = [
+            {"params": [parameters[name] for name in group], "prior_precision": value}
+            for group, value in zip(self._group_names, values, strict=True)
         ]
         super().__init__(param_groups, {"lr": lr, "beta": beta, "momentum": momentum, "prior_precision": 1.0})
         self._complete = True
@@ -319,6 +323,8 @@ class GaussNewton(torch.optim.Optimizer):
             self.temperature,
             self.features,
             tuple(self._names),
+            tuple(self._group_names),
+            mean.new_tensor([group["prior_precision"] for group in self.param_groups]),
         )
 
     @contextlib.contextmanager

@@ -45,7 +45,7 @@ from . import losses
 from .losses import Loss
 from .numerics import NumericalWarning, cholesky, first_index, positive_root, require_finite, require_like
 
-__all__ = ["LabelMoments", "approximations", "predictive"]
+__all__ = ["LabelMoments", "approximations", "of_samples", "predictive"]
 
 MIN_NODES, MAX_NODES = 256, 2048  # of a mixture of many components, for each label
 MAX_MIXTURE = 2**24  # components of all of them, while there are MIN_NODES
@@ -324,13 +324,25 @@ def _monte_carlo(
     sampled = [_sample(loss, m, R, num_samples, generator) for m, R in chunks]
     label_mean, aleatoric, epistemic, extra = (torch.cat(parts) for parts in zip(*sampled))
     label_mean, aleatoric, epistemic = (a.reshape(*mean.shape[:-1], -1) for a in (label_mean, aleatoric, epistemic))
+    classes = isinstance(loss, losses.Bernoulli | losses.Categorical)
+    extra = extra.reshape(mean.shape if classes else (*mean.shape[:-1], num_samples, K))
+    return _of_averages(loss, label_mean, aleatoric, epistemic, extra)
+
+
+def of_samples(loss: Loss, f: Tensor) -> LabelMoments:
+    """Labels where draws of ``f`` are given, ``(..., n, S, K)``: ``p(y) = 1/S sum_s p(y | f_s)``."""
+    return _of_averages(loss, *_averages(loss, f))
+
+
+def _of_averages(loss: Loss, label_mean: Tensor, aleatoric: Tensor, epistemic: Tensor, extra: Tensor) -> LabelMoments:
     if isinstance(loss, losses.Bernoulli):
-        return _of_logits(extra.reshape(mean.shape), aleatoric, epistemic)
+        return _of_logits(extra, aleatoric, epistemic)
     if isinstance(loss, losses.Categorical):
-        return _of_classes(extra.reshape(mean.shape), aleatoric, epistemic)
-    components = loss.conditional(extra.reshape(*mean.shape[:-1], num_samples, K))
+        return _of_classes(extra, aleatoric, epistemic)
+    components = loss.conditional(extra)
     probs = label_mean if isinstance(components, torch.distributions.Categorical) else None
-    return LabelMoments(label_mean, aleatoric, epistemic, _mixture(mean.new_zeros(num_samples), components), probs)
+    mixture = _mixture(extra.new_zeros(extra.shape[-2]), components)
+    return LabelMoments(label_mean, aleatoric, epistemic, mixture, probs)
 
 
 def _sample(loss: Loss, mean: Tensor, root: Tensor, num_samples: int, generator: torch.Generator | None) -> tuple:
@@ -339,6 +351,11 @@ def _sample(loss: Loss, mean: Tensor, root: Tensor, num_samples: int, generator:
     shape = (len(mean), num_samples, mean.shape[-1])
     noise = torch.randn(shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
     f = mean.unsqueeze(-2) + noise @ root.mT  # (n, S, K)
+    return _averages(loss, f)
+
+
+def _averages(loss: Loss, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over draws ``(..., n, S, K)``: moments of labels, then the logits of averaged probabilities, or the draws."""
     if isinstance(loss, losses.HeteroscedasticGaussian) and loss.link is None and loss.parametrization == "natural":
         _require_negative(f)
     means = loss.conditional_mean(f)

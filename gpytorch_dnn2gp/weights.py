@@ -157,9 +157,11 @@ class GaussianWeights(ABC):
 
     Attributes:
         mean: ``(P,)``.
+        prior_precision: diagonal of the prior's precision that it came from, ``(P,)``, where that is known.
     """
 
     mean: Tensor
+    prior_precision: Tensor | None = None
     _names: tuple[str, ...] = ("mean",)  # of the tensors it is made of
 
     def tensors(self) -> dict[str, Tensor]:

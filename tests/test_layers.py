@@ -36,6 +36,7 @@ HOUSE = [
     "likelihoods",
     "prediction",
     "gp",
+    "variational",
     "serialization",
     "mlls",
     "plotting",
