@@ -36,6 +36,7 @@ from .jacobians import NetFunction
 from .linearize import Linearization, Rows, select_parameters
 from .losses import Loss
 from .numerics import cholesky, in_plain_mode, require_finite, require_positive
+from .squares import SquaredRows
 from .weights import DiagonalGaussian, GaussianWeights, WhitenedGaussian, weight_groups
 
 __all__ = ["OGGN", "OGN", "VOGGN", "VOGN", "Iterate", "mean_step", "precision_step"]
@@ -217,6 +218,7 @@ class GaussNewton(torch.optim.Optimizer):
         self.mc_samples, self.temperature, self.features = mc_samples, float(temperature), features
         self.bias_correction = bias_correction
         self._function = NetFunction(net, names)
+        self._curvature = SquaredRows(self._function) if self.diagonal else self._function
         self._group_index = partition.index(next(net.parameters()).device)
         self._names = names
         self._checked = self._sampled = self._complete = False
@@ -376,7 +378,7 @@ class GaussNewton(torch.optim.Optimizer):
             value, gradient, curvature = 0.0, 0.0, 0.0
             for sample in samples:
                 with self._weights_in_net(sample) if self.samples_weights else contextlib.nullcontext():
-                    terms = derivatives(self._function, x, y, self.loss, self.diagonal, self.features, self.temperature)
+                    terms = derivatives(self._curvature, x, y, self.loss, self.features, self.temperature)
                 value, gradient, curvature = value + terms[0], gradient + terms[1], curvature + terms[2]
         finally:
             for module, mode in modes:
@@ -516,18 +518,33 @@ def _before_loading(optimizer: GaussNewton, state_dict: dict) -> None:
 
 
 def derivatives(
-    function: NetFunction, x: Tensor, y: Tensor, loss: Loss, diagonal: bool, features: str, temperature: float
+    function: NetFunction | SquaredRows, x: Tensor, y: Tensor, loss: Loss, features: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over a batch at the net's present weights, at temperature T.
+
+    Args:
+        function: the net, for the whole matrix of curvature, or its :class:`SquaredRows`, for the diagonal.
+        x, y: inputs and canonical labels.
+        loss, features, temperature: as of the optimizers.
 
     Returns:
         ``sum_i l_i`` (without T), ``sum_i J_i^T r_i / T``, ``(P,)``, and ``sum_i J_i^T Lambda_i J_i / T``, ``(P, P)``
         or its diagonal ``(P,)``; with ``features="gradient"`` ``sum_i g_i g_i^T`` instead, ``g_i = J_i^T r_i / T``.
     """
+    if isinstance(function, SquaredRows):
+
+        def weigh(f: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            here = laplace.Splitting(loss.subset(part), f, y[part], features, temperature)
+            m = 1 if features == "gradient" else f.shape[-1]
+            eye = torch.eye(m, dtype=f.dtype, device=f.device)[:, None].expand(m, len(f), m)
+            return here.output_root(eye), here.output_gradient()  # (C^T R)^T J squared and summed is the diagonal
+
+        f, first, second = function(x, weigh)
+        return loss.negative_log_likelihood(f, y).sum(), first, second
     f = function.outputs(x)
     splitting = laplace.Splitting(loss, f, y, features, temperature)
     rows = Rows(function, x, x.shape[:1], splitting.cotangents())
-    second, first = laplace.curvature(rows, splitting, diagonal=diagonal, progress=False)
+    second, first = laplace.curvature(rows, splitting, progress=False)
     return loss.negative_log_likelihood(f, y).sum(), first[0], second[0]
 
 

@@ -36,8 +36,8 @@ class VariationalGP(NetworkGP):
     """The GP of a training iterate (Theorem 2), or of any Gaussian over weights. Returned in eval mode.
 
     Of an :class:`Iterate` ``q_t = N(mu_t, (S_t + S0^-1)^-1)`` it is the GP with mean ``J m_t``, kernel ``J V_t J^T``
-    and noise ``(beta Lambda)^-1`` on the targets ``J mu_t - (alpha/beta) Lambda^-1 r``; J, Lambda and r are taken at the
-    samples that the next step draws. Its posterior over weights, ``gp.weight_posterior()``, is the next iterate: exactly
+    and noise ``(beta Lambda)^-1`` on the targets ``J mu_t - (alpha/beta) Lambda^-1 r``, J, Lambda and r taken at the
+    samples that the next step draws. Its posterior over weights, ``gp.weight_posterior()``, is the next iterate: always
     for VOGGN and OGGN; for VOGN and OGN the diagonal of its precision is, and with ``structure="diagonal"`` all of it.
     ``gp.prior_precision`` is 1: it multiplies ``V_t^-1``.
 

@@ -21,6 +21,7 @@ HOUSE = [
     "from_torch",
     "jacobians",
     "gram",
+    "squares",
     "linearize",
     "weights",
     "laplace",
