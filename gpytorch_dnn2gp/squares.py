@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
 
 from . import tiling
 from .jacobians import NetFunction
@@ -109,35 +109,30 @@ class SquaredRows:
     @torch.no_grad()
     def _squares(self, uses: list[_Use], n: int, passes) -> dict[str, Tensor]:
         """``sum_ic (c_i^T J_i)^2`` of the parameters that rules cover, from gradients g of all uses for each c."""
+        # where each parameter was used, and as what
         places = {
-            (name, kind): [i for i, use in enumerate(uses) if use.module is module]
+            name: [(i, kind) for module, kind in of for i, use in enumerate(uses) if use.module is module]
             for name, of in self.rules.items()
-            for module, kind in of
         }
         squares = {name: torch.zeros_like(self._parameters[name]) for name in self.rules}
         inputs: dict[int, Tensor] = {}  # (n, d, T) by the number of the use
         single: dict[str, Tensor] = {}  # sum_c g_c^2 (n, out) of weights used at one site
         for pulled in passes:
             g = [use.output_sites(gradient, n) for use, gradient in zip(uses, pulled, strict=True)]
-            for name, of in self.rules.items():
-                total, weight_sites = None, 0
-                for _, kind in of:
-                    for i in places[name, kind]:
-                        if kind == "weight" and i not in inputs:
-                            inputs[i] = uses[i].input_sites(n)
-                        weight_sites += g[i].shape[-1]
-                for _, kind in of:
-                    for i in places[name, kind]:
-                        if kind == "weight" and weight_sites == 1:
-                            single[name] = single.get(name, 0) + g[i][..., 0].square()
-                            continue
-                        each = g[i] @ inputs[i].mT if kind == "weight" else g[i].sum(-1)
-                        total = each if total is None else total + each
-                if total is not None:
+            for name, of in places.items():
+                if len(of) == 1 and of[0][1] == "weight" and g[of[0][0]].shape[-1] == 1:
+                    single[name] = single.get(name, 0) + g[of[0][0]][..., 0].square()
+                    continue
+                total = 0  # (n, out, d), or (n, out) of a bias
+                for i, kind in of:
+                    if kind == "weight" and i not in inputs:
+                        inputs[i] = uses[i].input_sites(n)
+                    total = total + (g[i] @ inputs[i].mT if kind == "weight" else g[i].sum(-1))
+                if of:
                     squares[name] += total.square().sum(0).view_as(squares[name])
         for name, g_squared in single.items():
-            ((i,),) = [places[name, kind] for _, kind in self.rules[name]]
-            squares[name] += (g_squared.mT @ inputs[i][..., 0].square()).view_as(squares[name])
+            a_squared = uses[places[name][0][0]].input_sites(n)[..., 0].square()
+            squares[name] += (g_squared.mT @ a_squared).view_as(squares[name])
         return squares
 
     def _by_jacobians(self, names: list[str], x: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
@@ -199,10 +194,17 @@ class _Use:
         if isinstance(module, nn.Linear):
             return a.reshape(n, -1, a.shape[-1]).mT
         if isinstance(module, nn.Conv1d):
-            one = (1, 1, 1)
-            sizes = [(o, s[0]) for o, s in zip(one, (module.kernel_size, module.dilation, module.stride))]
-            return unfold(a[:, :, None], sizes[0], sizes[1], (0, module.padding[0]), sizes[2])
-        return unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)
+            a = a[:, :, None]
+        kernel, dilation, padding, stride = (
+            (one, *size) if len(size) == 1 else size
+            for one, size in ((1, module.kernel_size), (1, module.dilation), (0, module.padding), (1, module.stride))
+        )
+        if dilation != (1, 1):
+            return unfold(a, kernel, dilation, padding, stride)
+        # the same as unfold, many times faster: views, and one copy along contiguous memory
+        a = pad(a, (padding[1], padding[1], padding[0], padding[0]))
+        windows = a.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (n, c, h, w, kh, kw)
+        return windows.permute(0, 1, 4, 5, 2, 3).reshape(n, -1, windows.shape[2] * windows.shape[3])
 
     def output_sites(self, g: Tensor, n: int) -> Tensor:
         """``(n, out, T)``."""
