@@ -24,7 +24,7 @@ from .kernels import JacobianKernel, NetworkMean
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization
 from .numerics import NumericalWarning
-from .prediction import Prediction, Stationarity
+from .prediction import Prediction, Stationarity, StationarityWarning
 from .selection import fit_evidence
 from .serialization import load, save
 from .variational import VariationalGP, sampling_predictive
@@ -40,6 +40,7 @@ __all__ = [
     "NumericalWarning",
     "Prediction",
     "Stationarity",
+    "StationarityWarning",
     "VariationalGP",
     "dual",
     "fit_evidence",

@@ -12,6 +12,7 @@ dual.py). The paper's targets ``y~`` are in ``gp.dual_data()``. n examples, K ou
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import gpytorch
@@ -456,14 +457,18 @@ class NetworkGP(ExactGP):
 
     @in_plain_mode
     def log_evidence(
-        self, kind: str = "laplace", prior_precision: Tensor | None = None, noise: Tensor | None = None
+        self,
+        kind: str = "laplace",
+        prior_precision: Tensor | None = None,
+        noise: Tensor | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
-        """Log marginal likelihood, a scalar in nats, differentiable in delta and sigma.
+        """Log marginal likelihood, a scalar in nats, differentiable in delta, sigma and temperature.
 
         Args:
             kind: "laplace" for the Laplace evidence, of any loss; "gp" for ``log N(y~; 0, k + Lambda^-1)``, which a
                 softmax does not have.
-            prior_precision, noise: evaluate at these instead of the GP's own; numbers or tensors.
+            prior_precision, noise, temperature: evaluate at these instead of the GP's own; numbers or tensors.
         """
         _require_one_of("kind", kind, ("laplace", "gp"))
         if kind == "gp" and self.structure == "diagonal":
@@ -471,23 +476,75 @@ class NetworkGP(ExactGP):
         self._require_prior("log_evidence")
         if kind == "gp" and self.model.given is not None:
             raise ValueError("A Gaussian that was given has no GP evidence, as no regression led to it. Use 'laplace'.")
+        prior_precision, noise, temperature = self._given(prior_precision, noise, temperature)
+        if torch.is_grad_enabled() or any(value is not None for value in (prior_precision, noise, temperature)):
+            posterior = self.posterior_at(prior_precision, noise, temperature)
+        else:
+            posterior = self.posterior()
+        return self._log_evidence(posterior, kind, prior_precision, noise, temperature)
+
+    @in_plain_mode
+    def evidence_function(self, kind: str = "laplace") -> Callable[..., Tensor]:
+        """:meth:`log_evidence` for many evaluations, as ``function(prior_precision, noise=None)``.
+
+        With one delta and at most one sigma it costs one eigendecomposition now and a sum over the eigenvalues each
+        time; else what :meth:`log_evidence` costs, one factorisation each time.
+        """
+        _require_one_of("kind", kind, ("laplace", "gp"))
+        splitting, residual = self._splitting(), self.residual_kernel
+        self._require_prior("evidence_function")
+        single = len(self.covar_module.groups) == 1 and len(splitting.noise_scale) == 1 and self.model.is_default
+        dense = self.solver in ("weight_space", "function_space")
+        if not (single and dense and residual is None and self._added is None):
+            return functools.partial(self.log_evidence, kind)
+        prior = self.covar_module.prior()
+        spectrum = solvers.Spectrum(self._solver_for(splitting), splitting, prior, kind)
+
+        def evidence(prior_precision: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+            prior_precision, noise, _ = self._given(prior_precision, noise)
+            delta = self.covar_module.prior(prior_precision).precision[0]
+            posterior = solvers.SpectralPosterior(spectrum, delta, self._splitting(noise))
+            return self._log_evidence(posterior, kind, prior_precision, noise)
+
+        return evidence
+
+    def _given(
+        self,
+        prior_precision: Tensor | float | None,
+        noise: Tensor | float | None,
+        temperature: Tensor | float | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Hyperparameters given in place of the GP's own, checked."""
+
+        def checked(value: Tensor | float | None, name: str) -> Tensor | None:
+            if value is None:
+                return None
+            value = torch.as_tensor(value, dtype=self._outputs.dtype, device=self._outputs.device)
+            require_positive(value.detach(), name)
+            return value
+
+        prior_precision, noise = checked(prior_precision, "prior_precision"), checked(noise, "noise")
         if prior_precision is not None:
-            prior_precision = torch.as_tensor(prior_precision, dtype=self._outputs.dtype, device=self._outputs.device)
-            require_positive(prior_precision.detach(), "prior_precision")
             prior_precision = prior_precision.expand(len(self.covar_module.groups))
         if noise is not None:
-            noise = torch.as_tensor(noise, dtype=self._outputs.dtype, device=self._outputs.device)
-            require_positive(noise.detach(), "noise")
             if self.features == "gradient" and self.noise.dim() > 0 and noise.requires_grad:
                 raise ValueError(
                     "features='gradient' with one noise for each output, or example, has no gradient in it: the rows "
                     "r^T J depend on it. Use one sigma for all outputs, or features='jacobian'."
                 )
-        if torch.is_grad_enabled() or prior_precision is not None or noise is not None:
-            posterior = self._posterior_at(prior_precision, noise)
-        else:
-            posterior = self.posterior()
-        splittings = [self._splitting(noise)] + ([] if self._added is None else [self._added_splitting(noise)])
+        return prior_precision, noise, checked(temperature, "temperature")
+
+    def _log_evidence(
+        self,
+        posterior: solvers.Posterior | solvers.SpectralPosterior,
+        kind: str,
+        prior_precision: Tensor | None,
+        noise: Tensor | None,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        splittings = [self._splitting(noise, temperature)]
+        if self._added is not None:
+            splittings.append(self._added_splitting(noise, temperature))
         prior = self.covar_module.prior(prior_precision)
         return solvers.log_evidence(posterior, prior, splittings, self._away, kind)
 
@@ -499,7 +556,7 @@ class NetworkGP(ExactGP):
         ``gpytorch.settings.detach_test_caches`` is off. It does carry one in the inputs that the GP was conditioned on.
         """
         if torch.is_grad_enabled() and gpytorch.settings.detach_test_caches.off():
-            return self._posterior_at()
+            return self.posterior_at()
         key = self._hyperparameter_values()
         if self._base_posterior is None or not _same(self._base_posterior[0], key):
             with torch.no_grad():
@@ -517,13 +574,20 @@ class NetworkGP(ExactGP):
             )
         return self._conditioned
 
-    # ---- inside
+    @in_plain_mode
+    def posterior_at(
+        self, prior_precision: Tensor | None = None, noise: Tensor | None = None, temperature: Tensor | None = None
+    ) -> solvers.Posterior:
+        """The posterior at these, or the present, hyperparameters, with their graph; never cached.
 
-    def _posterior_at(self, prior_precision: Tensor | None = None, noise: Tensor | None = None) -> solvers.Posterior:
-        """The posterior at these, or the present, hyperparameters, with their graph."""
-        splitting, prior = self._splitting(noise), self.covar_module.prior(prior_precision)
+        Args:
+            prior_precision, noise, temperature: tensors, instead of the GP's own.
+        """
+        splitting, prior = self._splitting(noise, temperature), self.covar_module.prior(prior_precision)
         base = self._base_at(prior, splitting, self.residual_kernel)
-        return base if self._added is None else self._condition(base, noise)
+        return base if self._added is None else self._condition(base, noise, temperature)
+
+    # ---- inside
 
     def _base_at(self, prior: Prior, splitting: Splitting, residual_kernel: Kernel | None) -> solvers.Posterior:
         solver = self._solver_for(splitting)
@@ -539,8 +603,10 @@ class NetworkGP(ExactGP):
             *(p.detach() for p in residual),
         )
 
-    def _condition(self, base: solvers.Posterior, noise: Tensor | None) -> Conditioned:
-        return condition(base, self._added.rows, self._added_splitting(noise))
+    def _condition(
+        self, base: solvers.Posterior, noise: Tensor | None, temperature: Tensor | None = None
+    ) -> Conditioned:
+        return condition(base, self._added.rows, self._added_splitting(noise, temperature))
 
     @property
     def _is_weighted(self) -> bool:
@@ -563,24 +629,27 @@ class NetworkGP(ExactGP):
                 "VariationalGP prior_precision=."
             )
 
+    def _temperature(self, given: Tensor | None) -> Tensor:
+        return self.likelihood.temperature if given is None else given
+
     def _loss_of(self, noise: Tensor | None) -> Loss:
         return self.likelihood.loss_with(noise)
 
-    def _splitting(self, noise: Tensor | None = None) -> Splitting:
+    def _splitting(self, noise: Tensor | None = None, temperature: Tensor | None = None) -> Splitting:
         loss, f, labels = self._loss_of(noise), self._outputs, self._labels
         n, s = len(labels), self.model.num_samples
         if self.model.samples:
             index = torch.arange(n, device=f.device).repeat(s)
             loss, f, labels = loss.subset(index), self._sample_outputs, labels[index]
         weight = self.model.weight(n)
-        temperature = self.likelihood.temperature * (weight if self._is_weighted else 1)
+        temperature = self._temperature(temperature) * (weight if self._is_weighted else 1)
         return Splitting(loss, f, labels, self.features, temperature, weight, self.model.pull)
 
-    def _added_splitting(self, noise: Tensor | None = None) -> Splitting:
+    def _added_splitting(self, noise: Tensor | None = None, temperature: Tensor | None = None) -> Splitting:
         added = self._added
         loss = self._loss_of(noise if added.noise is None else added.noise_or(self.noise if noise is None else noise))
         weight = self.model.weight(len(self._labels))
-        temperature = self.likelihood.temperature * (weight if self._is_weighted else 1)
+        temperature = self._temperature(temperature) * (weight if self._is_weighted else 1)
         weight = weight * self.model.num_samples  # seen at one net
         return Splitting(loss, added.outputs, added.labels, self.features, temperature, weight, self.model.pull)
 
@@ -863,6 +932,44 @@ class LaplaceGP(NetworkGP):
                 "it use LaplaceGP(net, x, y, loss, prior_precision=...) and choose it by the evidence."
             )
         return cls(net, x, labels, loss, delta, **options)
+
+    @in_plain_mode
+    def leave_one_out(
+        self,
+        mean: str = "network",
+        approximation: str | None = None,
+        num_samples: int = 1000,
+        prior_precision: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Predictions of each training example by the others, in closed form: exact for the linear model.
+
+        Nothing is trained again, so for a net it is an approximation, by one Gauss-Newton step of all weights.
+        ``gp.leave_one_out().y.log_prob(y)`` are the leave-one-out log densities of the labels.
+
+        Args:
+            mean, approximation, num_samples, generator: as in :meth:`predict`.
+            prior_precision, noise: evaluate at these instead of the GP's own; differentiable.
+        """
+        _require_one_of("mean", mean, ("network", "posterior"))
+        prior_precision, noise, _ = self._given(prior_precision, noise)
+        with_graph = torch.is_grad_enabled() or prior_precision is not None or noise is not None
+        posterior = self.posterior_at(prior_precision, noise) if with_graph else self.posterior()
+        if self._added is not None:
+            raise ValueError(
+                "leave_one_out is for the data a GP was built with; this one was conditioned on more. Build a GP with "
+                "all of them."
+            )
+        splitting = self._splitting(noise)
+        rows = (
+            self._solver_for(splitting).rows if self.features == "jacobian" else self.linearization.rows(self._inputs)
+        )
+        shift, blocks = solvers.leave_one_out(posterior, rows, splitting, mean == "network")
+        center = self._outputs + shift
+        labels = predictive(splitting.loss, center, blocks, approximation, num_samples, generator)
+        f = MultivariateNormal(center, Covariance(blocks))
+        return Prediction(labels.mean, labels.aleatoric, labels.epistemic, f, labels.y, labels.probs)
 
 
 def _after_loading_state(gp: NetworkGP, _keys: object) -> None:

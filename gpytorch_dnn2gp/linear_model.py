@@ -51,6 +51,12 @@ class LinearModel:
     prior_known: bool = True
 
     @property
+    def is_default(self) -> bool:
+        """Whether it is that of a trained net."""
+        moved = self.mean is not None or self.away is not None or self.given is not None or bool(self.samples)
+        return not moved and self.rate == self.pull == 1 and self.train_size is None
+
+    @property
     def num_samples(self) -> int:
         """S'."""
         return max(1, len(self.samples))

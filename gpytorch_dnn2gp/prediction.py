@@ -42,6 +42,10 @@ class Prediction:
         )
 
 
+class StationarityWarning(UserWarning):
+    """The net is so far from a stationary point that its evidence is not that of a minimum."""
+
+
 @dataclass(frozen=True)
 class Stationarity:
     """How far the net is from a stationary point of its loss, where the Laplace approximation is taken.

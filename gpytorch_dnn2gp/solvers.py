@@ -32,6 +32,7 @@ from .linearize import Rows
 from .numerics import (
     cholesky,
     conjugate_gradients,
+    diagonal_blocks,
     log_det_from_cholesky,
     symmetrize,
     warn_if_cancelled,
@@ -248,12 +249,10 @@ class _FunctionSpacePosterior(Posterior):
     ) -> None:
         self.rows, self.w, self.prior, self.splitting = solver.rows, solver.w, prior, splitting
         self._residual_kernel = residual_kernel
+        self._grams = solver.grams
         v, uw = splitting.v, solver.rows_times_w
-        k = torch.einsum("g,gij->ij", prior.precision.reciprocal(), solver.grams)
-        if residual_kernel is not None:
-            k = k + self._residual(self.rows, self.rows)
-        b = symmetrize(self._root_t(self._root_t(k).mT))
-        b = b + torch.eye(len(b), dtype=b.dtype, device=b.device)
+        k = self._kernel()
+        b = information_matrix(k, splitting)
         self.factor = cholesky(b, "The function-space matrix I + R^T k R")
         warn_if_inaccurate(b, self.factor, "The function-space matrix", against_identity=True)
         # U S g = k v + U w;   g^T Sigma g = g^T S g - |L^-1 R^T U S g|^2
@@ -280,6 +279,11 @@ class _FunctionSpacePosterior(Posterior):
         """``a R`` for ``a`` ``(..., n m)``: R^T applied to each row."""
         n = self.rows.num_examples
         return self.splitting.apply_root_t(a.unflatten(-1, (n, -1))).flatten(-2)
+
+    def _kernel(self) -> Tensor:
+        """``k`` at the training inputs, ``(n m, n m)``."""
+        k = torch.einsum("g,gij->ij", self.prior.precision.reciprocal(), self._grams)
+        return k if self._residual_kernel is None else k + self._residual(self.rows, self.rows)
 
     def shift(self, rows: Rows) -> Tensor:
         shift = super().shift(rows)
@@ -324,6 +328,11 @@ class _FunctionSpacePosterior(Posterior):
         return before - white1 @ white2.mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
+        if rows is self.rows:  # no Jacobian is needed for the training inputs' own
+            k = self._kernel()
+            white = torch.linalg.solve_triangular(self.factor, self._root_t(k).mT, upper=False)
+            white = white.unflatten(1, (rows.num_examples, -1))
+            return diagonal_blocks(k, rows.num_rows) - torch.einsum("ibk,ibl->bkl", white, white)
         befores, afters = [], []
         # Each part costs the Jacobians of the training data once, unless these are kept: parts as large as may be.
         for part in tiling.chunks(
@@ -594,6 +603,17 @@ def choose(rows: Rows, num_groups: int, num_sums: int) -> type[Solver]:
     return FunctionSpace if function_fits else Iterative
 
 
+def information_matrix(k: Tensor, splitting: Splitting) -> Tensor:
+    """``B = I + R^T k R`` for a kernel matrix ``(n m, n m)``."""
+    n = len(splitting.f)
+
+    def root_t(a: Tensor) -> Tensor:
+        return splitting.apply_root_t(a.unflatten(-1, (n, -1))).flatten(-2)
+
+    b = symmetrize(root_t(root_t(k).mT))
+    return b + torch.eye(len(b), dtype=b.dtype, device=b.device)
+
+
 def _whitened(rows: Rows, splitting: Splitting) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Products with ``E = R^T U`` and with its transpose: ``(..., P) -> (..., n m)`` and back."""
 
@@ -614,7 +634,11 @@ def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:
 
 
 def log_evidence(
-    posterior: Posterior, prior: Prior, splittings: Sequence[Splitting], w: Tensor, kind: str = "laplace"
+    posterior: Posterior | SpectralPosterior,
+    prior: Prior,
+    splittings: Sequence[Splitting],
+    w: Tensor,
+    kind: str = "laplace",
 ) -> Tensor:
     """Laplace or GP evidence (see the module's formulas) in nats, a scalar, or one for each element of a batch.
 
@@ -634,3 +658,126 @@ def log_evidence(
             + (0.5 * posterior.newton_decrement)
         )
     raise ValueError(f"kind must be 'laplace' or 'gp'; got {kind!r}.")
+
+
+# ---- one delta and one noise: every evidence from one eigendecomposition
+
+
+class Spectrum:
+    """The evidence as a function of one delta and one scale s of the curvature, at no cost but a sum over eigenvalues.
+
+    With ``S = S_1 / delta``, ``D = s D_1``, ``v = t v_1``, ``E = R_1^T U S_1^(1/2)`` and lambda_j the eigenvalues of
+    ``E^T E`` (weight space) or ``E E^T`` (function space):
+
+        log|I + R^T k R| = sum_j log(1 + s lambda_j / delta)
+        g^T Sigma g      = q^T (delta + s E^T E)^-1 q,   q = t S_1^(1/2) U^T v_1 + delta S_1^(-1/2) w*
+
+    Args:
+        solver: of weight space or function space, with one prior group and one sum.
+        splitting: of the data, at any noise.
+        prior: at any delta.
+        kind: as for :func:`log_evidence`; "gp" needs eigenvectors too.
+    """
+
+    @torch.no_grad()
+    def __init__(self, solver: WeightSpace | FunctionSpace, splitting: Splitting, prior: Prior, kind: str) -> None:
+        unit = splitting.unit()
+        base = prior.variance * prior.precision
+        if isinstance(solver, WeightSpace):
+            root = base.sqrt()
+            matrix = symmetrize(root[:, None] * solver.second[0] * root)
+        else:
+            matrix = information_matrix(solver.grams[0], unit)
+            matrix.diagonal().sub_(1)
+        if kind == "laplace":
+            self.eigenvalues = torch.linalg.eigvalsh(matrix).clamp(min=0)
+            return
+        eigenvalues, V = torch.linalg.eigh(matrix)
+        self.eigenvalues = eigenvalues.clamp(min=0)
+        self._dual = isinstance(solver, FunctionSpace)
+        if not self._dual:
+            self._a, self._b = V.mT @ (root * solver.first[0]), V.mT @ (solver.w / root)
+            return
+        v, uw = unit.v, solver.rows_times_w
+        kv = (solver.grams[0] @ v.flatten()).reshape(v.shape)
+        self._a, self._b = (V.mT @ unit.apply_root_t(h).flatten() for h in (kv, uw))  # E a, E b
+        self._aa, self._ab, self._bb = (v * kv).sum(), (v * uw).sum(), (solver.w.square() / base).sum()
+
+    def log_det(self, delta: Tensor, s: Tensor) -> Tensor:
+        """``log|I + R^T k R|``."""
+        return torch.log1p(s / delta * self.eigenvalues).sum()
+
+    def newton_decrement(self, delta: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``g^T Sigma g``; of kind "gp"."""
+        q = t * self._a + delta * self._b
+        inner = (q.square() / (delta + s * self.eigenvalues)).sum()
+        if not self._dual:
+            return inner
+        # (delta + s E^T E)^-1 = (I - s E^T (delta + s E E^T)^-1 E) / delta, and here a, b are E a, E b
+        squared = t.square() * self._aa + 2 * t * delta * self._ab + delta.square() * self._bb
+        return (squared - s * inner) / delta
+
+
+class SpectralPosterior:
+    """What :func:`log_evidence` reads of a posterior, from a :class:`Spectrum`; delta is a scalar."""
+
+    def __init__(self, spectrum: Spectrum, delta: Tensor, splitting: Splitting) -> None:
+        self.spectrum, self.delta = spectrum, delta
+        self.first_scale, self.second_scale = (scale[0] for scale in _scales(splitting))
+
+    @property
+    def log_det(self) -> Tensor:
+        """See :class:`Posterior`."""
+        return self.spectrum.log_det(self.delta, self.second_scale)
+
+    @property
+    def newton_decrement(self) -> Tensor:
+        """See :class:`Posterior`."""
+        return self.spectrum.newton_decrement(self.delta, self.second_scale, self.first_scale)
+
+
+# ---- leave one out
+
+
+def leave_one_out(posterior: Posterior, rows: Rows, splitting: Splitting, network: bool) -> tuple[Tensor, Tensor]:
+    """Each example's outputs without the example itself: mean minus f ``(n, K)``, and covariance ``(n, K, K)``.
+
+    With ``C_i = J_i Sigma J_i^T``, ``Lambda_i = R R^T`` and ``s_i = J_i Sigma g``
+
+        f_i without (x_i, y_i) ~ N( f_i + C'_i r_i - (I - C_i Lambda_i)^-1 s_i,  C'_i )
+        C'_i = (I - C_i Lambda_i)^-1 C_i = C_i + C_i R (I - R^T C_i R)^-1 R^T C_i
+
+    exactly, for the linear model: one solve with K x K (m x m) blocks each, and no inverse of Lambda.
+
+    Args:
+        posterior: of all the data.
+        rows: J at the examples, without cotangents.
+        splitting: of these examples.
+        network: leave s out, which is zero at a stationary point, as a prediction with the net's own mean does.
+
+    Raises:
+        ValueError: for the diagonal structure.
+    """
+    if isinstance(posterior, DiagonalPosterior):
+        raise ValueError(
+            "Leaving one example out is not closed for structure='diagonal', which drops what examples share. Use "
+            "structure='full', or the Laplace evidence."
+        )
+    c = posterior.covariance_blocks(rows)  # (n, K, K)
+
+    def root_t(a: Tensor) -> Tensor:  # R^T a for columns (n, K, q): (n, m, q)
+        return splitting.output_root_t(a.movedim(-1, 0)).movedim(0, -1)
+
+    rc = root_t(c)
+    inner = symmetrize(root_t(rc.mT))
+    inner = torch.eye(inner.shape[-1], dtype=c.dtype, device=c.device) - inner
+    factor = cholesky(inner, "I - R^T C R of the examples left out")
+    white = torch.linalg.solve_triangular(factor, rc, upper=False)
+    covariance = c + white.mT @ white
+    shift = (covariance @ splitting.output_gradient()[..., None])[..., 0]
+    if network:
+        return shift, covariance
+    # (I - C Lambda)^-1 s = s + C R (I - R^T C R)^-1 R^T s
+    s = posterior.shift(rows)[..., None]
+    back = white.mT @ torch.linalg.solve_triangular(factor, root_t(s), upper=False)
+    return shift - (s + back)[..., 0], covariance

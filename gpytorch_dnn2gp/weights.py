@@ -55,12 +55,16 @@ def weight_groups(
     Args:
         param_names, param_sizes: the selected parameters.
         groups: one entry per group, each a name, a prefix, or a list of them; every parameter in exactly one. None
-            means all weights for one precision, and one group per parameter tensor for several.
+            means all weights for one precision, one group per parameter tensor for as many, and one per weight for P.
         num_precisions: number of precisions given.
 
     Raises:
         ValueError: groups that overlap or leave a parameter out, or another number of precisions than of groups.
     """
+    num_weights = sum(param_sizes)
+    if groups is None and num_precisions == num_weights not in (1, len(param_names)):
+        names = [f"{name}[{i}]" for name, size in zip(param_names, param_sizes, strict=True) for i in range(size)]
+        return WeightGroups(tuple(names), tuple(torch.arange(num_weights)[:, None]))
     if groups is None:
         groups = [[""]] if num_precisions == 1 else [[name] for name in param_names]
     groups = [[group] if isinstance(group, str) else list(group) for group in groups]

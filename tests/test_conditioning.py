@@ -300,7 +300,7 @@ def test_residual_kernel_widens_the_band_far_away_and_is_fitted():
     gained = (gp(far).variance - plain(far).variance).squeeze()
     assert (gained > 0.999 * float(kernel.outputscale.detach())).all()  # and what the data now say less of the weights
     before = gp.residual_kernel.raw_outputscale.detach().clone()
-    fit = dnn2gp.fit_evidence(gp)
+    fit = dnn2gp.fit_evidence(gp, warn=False)
     assert fit.evidence_after > fit.evidence_before
     assert not torch.equal(gp.residual_kernel.raw_outputscale, before)
     assert_close(torch.tensor(fit.evidence_after), gp.log_evidence(), 1e-6)

@@ -168,13 +168,14 @@ def test_variants(kwargs):
         gp.log_evidence().backward()
 
 
+@pytest.mark.filterwarnings("ignore::gpytorch_dnn2gp.StationarityWarning")
 def test_samples_and_evidence_optimisation():
     p = lived_in_problem()
     with untouched(p.net, random_numbers=True):
         gp = p.gp(0.7)
         gp.weight_posterior().rsample(torch.Size([3]))
         gp(p.x_test).rsample(torch.Size([3]))
-        dnn2gp.selection.fit_evidence(gp)
+        dnn2gp.selection.fit_evidence(gp, warn=False)
         mll = dnn2gp.mlls.LaplaceMarginalLogLikelihood(gp.likelihood, gp)
         gp.train()
         (-mll(gp(*gp.train_inputs), gp.train_targets)).backward()
@@ -370,7 +371,7 @@ def test_training_a_gp_leaves_its_weights():
     p = problem("gaussian")
     gp = p.gp(0.7)
     before = [v.clone() for k, v in gp.state_dict().items() if "raw_" not in k]
-    dnn2gp.selection.fit_evidence(gp)
+    dnn2gp.selection.fit_evidence(gp, warn=False)
     after = [v for k, v in gp.state_dict().items() if "raw_" not in k]
     for a, b in zip(after, before, strict=True):
         assert torch.equal(a, b)

@@ -164,7 +164,7 @@ def test_a_loaded_gp_can_be_saved_conditioned_and_refitted(tmp_path):
     y = torch.tensor([1])
     same_bits(what_it_says(gp.condition_on(p.x_test[:1], y), p), what_it_says(loaded.condition_on(p.x_test[:1], y), p))
     for model in (gp, loaded):
-        dnn2gp.fit_evidence(model, progress=False)
+        dnn2gp.fit_evidence(model, progress=False, warn=False)
     same_bits(what_it_says(gp, p), what_it_says(loaded, p))
 
 
