@@ -25,7 +25,7 @@ from . import tiling
 from .gp import LaplaceGP
 from .linearize import select_parameters
 from .losses import Loss
-from .mlls import EvidenceFit, fit_evidence, require_varied_labels
+from .mlls import BlockEvidence, EvidenceFit, fit_evidence, require_varied_labels
 from .numerics import require_finite, require_positive
 from .weights import weight_groups
 
@@ -281,11 +281,11 @@ def fit_many(
                 _stacked_lbfgs(problem, problem.w, max_iterations, gradient_tolerance, report)
             else:
                 _stacked_adam(problem, problem.w, max_iterations, gradient_tolerance, lr, report)
+        norms = problem(problem.w, torch.arange(len(nets)))[1].norm(dim=-1).tolist()
     finally:
         problem.write_back()
         for net, mode in zip(nets, modes, strict=True):
             net.train(mode)
-    norms = problem(problem.w, torch.arange(len(nets)))[1].norm(dim=-1).tolist()
     return [Fit(history, norm, norm <= gradient_tolerance) for history, norm in zip(histories, norms, strict=True)]
 
 
@@ -548,23 +548,20 @@ class EvidenceTraining:
     """What :func:`train_with_evidence` did.
 
     Attributes:
-        gp: the GP of the best round, with its delta and sigma; the net has its weights.
+        gp: the GP at the end, with the delta and sigma of the best round; the net has its weights.
+        evidence: its Laplace evidence (or the bound by blocks), in nats.
         history: evidence and hyperparameters after each round.
         best: number of the best round in it.
     """
 
     gp: LaplaceGP
+    evidence: float
     history: list[EvidenceFit]
     best: int
 
-    @property
-    def evidence(self) -> float:
-        """Of the best round, in nats."""
-        return self.history[self.best].evidence_after
-
     def __repr__(self) -> str:
         return (
-            f"EvidenceTraining(evidence {self.evidence:.2f} nats in round {self.best + 1} of {len(self.history)}: "
+            f"EvidenceTraining(evidence {self.evidence:.2f} nats, best round {self.best + 1} of {len(self.history)}: "
             f"{self.history[self.best]})"
         )
 
@@ -594,8 +591,10 @@ def train_with_evidence(
     """Train ``net`` in place, and choose delta and sigma by the Laplace evidence on the way (Immer et al. 2021).
 
     In turn: ``every`` iterations of training at the present delta and sigma, then ``evidence_iterations`` steps on them
-    at the present weights. The round of the largest evidence is kept: the net has its weights at the end. Unlike
-    :func:`fit_evidence` after training, weights and hyperparameters end in agreement.
+    at the present weights. The round of the largest evidence is kept. By L-BFGS the net is then trained on at that
+    round's delta and sigma until it is stationary, so that, unlike after :func:`fit_evidence` alone, the weights belong
+    to the hyperparameters; by Adam it has the weights of that round. (The evidence often falls again when the rounds go
+    on: the weights are trained for the fit alone, not for the log-determinant.)
 
     Args:
         net, x, y, loss, method, lr, batch_size, generator, gradient_tolerance: as in :func:`fit`.
@@ -620,11 +619,16 @@ def train_with_evidence(
         )
     was_training = net.training
     history: list[EvidenceFit] = []
-    best: tuple[int, LaplaceGP, Tensor] | None = None
+    best: tuple[int, LaplaceGP, Tensor] | None = None  # number of the round, GP, weights
     try:
         problem = _Problem(net, x, y, loss, prior_precision, groups)
         if fit_noise or (fit_noise is None and loss.has_noise and loss.noise.dim() < 2):
             require_varied_labels(loss, problem.y)
+
+        def gp_here() -> LaplaceGP:
+            net.eval()
+            return LaplaceGP(net, x, y, problem.loss, problem.delta, groups, progress=False, **options)
+
         epochs = _adam_epochs(problem, max_iterations, lr, batch_size, generator)
         rounds = 1 + (max_iterations - burn_in - every) // every
         for number in tiling.progress(range(rounds), "Training with evidence", progress, unit=" rounds"):
@@ -634,27 +638,27 @@ def train_with_evidence(
             else:
                 for _ in range(length):
                     next(epochs)
-            net.eval()
-            gp = LaplaceGP(net, x, y, problem.loss, problem.delta, groups, progress=False, **options)
-            history.append(
-                fit_evidence(
-                    gp,
-                    fit_noise=fit_noise,
-                    max_iterations=evidence_iterations,
-                    block_size=block_size,
-                    warn=False,
-                    progress=False,
-                )
-            )
+            gp = gp_here()
+            how = {"fit_noise": fit_noise, "max_iterations": evidence_iterations, "block_size": block_size}
+            history.append(fit_evidence(gp, **how, generator=generator, warn=False, progress=False))
             problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
-            evidence = history[-1].evidence_after
-            if best is None or evidence > history[best[0]].evidence_after:
+            if best is None or history[-1].evidence_after > history[best[0]].evidence_after:
                 best = number, gp, _flat(problem.weights).detach().clone()
             if patience is not None and number >= patience:
                 earlier = max(item.evidence_after for item in history[:-patience])
                 if max(item.evidence_after for item in history[-patience:]) < earlier + 0.01:
                     break
-        return EvidenceTraining(best[1], history, best[0])
+        number, gp, w = best
+        evidence = history[number].evidence_after
+        if method == "lbfgs":
+            _assign(problem.weights, w)
+            problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
+            _lbfgs(problem, max(every, 1000), gradient_tolerance, False)
+            best = number, gp_here(), _flat(problem.weights).detach().clone()
+            with torch.no_grad():
+                end = best[1].log_evidence() if block_size is None else BlockEvidence(best[1], block_size).bound()
+            evidence = float(end)
+        return EvidenceTraining(best[1], evidence, history, number)
     finally:
         if best is not None:
             _assign(problem.weights, best[2])

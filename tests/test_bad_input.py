@@ -542,6 +542,46 @@ def _(tmp):
     gp.likelihood(gp(X[:3]), X[:3])
 
 
+# ---- evidence
+
+
+@case("the GP evidence of a softmax")
+def _(tmp):
+    classes().log_evidence(kind="gp")
+
+
+@case("GPyTorch's exact evidence of a softmax")
+def _(tmp):
+    gp = classes().train()
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)
+    mll(gp(*gp.train_inputs), gp.train_targets)
+
+
+@case("labels that are all equal, with a noise to fit")
+def _(tmp):
+    dnn2gp.fit_evidence(regression(y=torch.full_like(Y, 2.0)))
+
+
+@case("one example, with a noise to fit")
+def _(tmp):
+    dnn2gp.fit_evidence(regression(x=X[:1], y=Y[:1]))
+
+
+@case("a net far from a stationary point")
+def _(tmp):
+    dnn2gp.fit_evidence(regression(net=randomized(mlp(), 0, scale=2.0), sigma=0.05))
+
+
+@case("leave-one-out for the diagonal structure")
+def _(tmp):
+    regression(structure="diagonal").leave_one_out()
+
+
+@case("nets of several shapes to train together")
+def _(tmp):
+    dnn2gp.training.fit_many([mlp().double(), mlp(width=5).double()], X, Y, Gaussian(0.3))
+
+
 # ---- files
 
 
