@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import tiling
-from .numerics import require_positive, symmetrize
+from .linearize import select_parameters
+from .numerics import cholesky, log_det_from_cholesky, require_finite, require_positive, symmetrize
 
 
 @dataclass(frozen=True)
@@ -332,3 +333,223 @@ class ImplicitGaussian(GaussianWeights):
     def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:
         """See the base class."""
         return self.mean + self._sample(torch.Size(sample_shape), generator)
+
+
+class LowRankGaussian(GaussianWeights):
+    """``N(mean, diag(variance) + root root^T)``, as SWAG gives it.
+
+    Args:
+        mean: ``(P,)``.
+        variance: ``(P,)``, not negative; where it is zero there is a covariance but no precision.
+        root: ``(P, r)``.
+    """
+
+    _names = ("mean", "variance", "root")
+
+    def __init__(self, mean: Tensor, variance: Tensor, root: Tensor) -> None:
+        if root.shape[:-1] != mean.shape or variance.shape != mean.shape:
+            raise ValueError(
+                f"mean {tuple(mean.shape)}, variance {tuple(variance.shape)} and root {tuple(root.shape)} must be "
+                "(P,), (P,) and (P, r)."
+            )
+        if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
+            raise ValueError("variance must be finite and not negative.")
+        self.mean, self.variance, self.root = mean, variance, root
+
+    def _inner(self) -> Tensor:
+        """Cholesky factor of ``I + root^T diag(variance)^-1 root``, ``(r, r)``."""
+        if not bool((self.variance > 0).all()):
+            raise ValueError(
+                f"{int((self.variance == 0).sum())} of {len(self.variance)} weights never moved, and have no variance "
+                "of their own. This Gaussian has covariances and samples, but no precision and no evidence."
+            )
+        inner = self.root.mT @ (self.root / self.variance[:, None])
+        return cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device), "I + R^T D^-1 R")
+
+    def log_det(self) -> Tensor:
+        return log_det_from_cholesky(self._inner()) + self.variance.log().sum()
+
+    def covariance_matmul(self, v: Tensor) -> Tensor:
+        return v * self.variance + (v @ self.root) @ self.root.mT
+
+    def precision_matmul(self, v: Tensor) -> Tensor:
+        # Woodbury
+        scaled = v / self.variance
+        inner = (scaled @ self.root).reshape(-1, self.root.shape[-1]).mT
+        solved = torch.cholesky_solve(inner, self._inner()).mT.reshape(*v.shape[:-1], -1)
+        return scaled - (solved @ self.root.mT) / self.variance
+
+    def rsample(self, sample_shape=torch.Size(), generator=None) -> Tensor:
+        own = self._noise((*sample_shape, len(self.mean)), generator) * self.variance.sqrt()
+        return self.mean + own + self._noise((*sample_shape, self.root.shape[-1]), generator) @ self.root.mT
+
+
+# ---- from elsewhere
+
+
+def gaussian(
+    mean: Tensor,
+    *,
+    variance: Tensor | None = None,
+    covariance: Tensor | None = None,
+    precision: Tensor | None = None,
+    prior_precision: float | Tensor | None = None,
+) -> GaussianWeights:
+    """Any Gaussian over weights, to make a GP of.
+
+    Args:
+        mean: ``(P,)``, in ``named_parameters`` order.
+        variance: ``(P,)``; or
+        covariance: ``(P, P)``; or
+        precision: ``(P,)`` or ``(P, P)``. One of the three.
+        prior_precision: of the prior it came from, a number or ``(P,)``, for the evidence.
+
+    Raises:
+        ValueError: not exactly one of the three, other shapes, or a matrix that is not positive definite.
+    """
+    given = {"variance": variance, "covariance": covariance, "precision": precision}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Give one of variance, covariance and precision; got {', '.join(given) or 'none'}.")
+    ((name, value),) = given.items()
+    require_finite(mean, "mean")
+    require_finite(value, name)
+    p = len(mean)
+    shapes = {"variance": [(p,)], "covariance": [(p, p)], "precision": [(p,), (p, p)]}[name]
+    if mean.dim() != 1 or tuple(value.shape) not in shapes:
+        raise ValueError(
+            f"mean is {tuple(mean.shape)} and {name} {tuple(value.shape)}; they must be (P,) and "
+            f"{' or '.join('(P,)' if len(s) == 1 else '(P, P)' for s in shapes)}."
+        )
+    mean, value = mean.detach().clone(), value.detach().clone()
+    if value.dim() == 1:
+        require_positive(value, name)
+        result = DiagonalGaussian(mean, value if name == "variance" else 1 / value)
+    else:
+        factor, info = torch.linalg.cholesky_ex(symmetrize(value))
+        if info or not torch.allclose(value, value.mT, rtol=0.0, atol=1e-5 * float(value.abs().max())):
+            raise ValueError(f"{name} is not symmetric and positive definite.")
+        eye = torch.eye(p, dtype=value.dtype, device=value.device)
+        one = torch.ones_like(mean)
+        # N(m, F F^T), or N(m, (L L^T)^-1)
+        result = WhitenedGaussian(mean, factor, eye) if name == "covariance" else WhitenedGaussian(mean, one, factor)
+    if prior_precision is not None:
+        result.prior_precision = _as_weights(prior_precision, mean)
+    return result
+
+
+def _as_weights(prior_precision: float | Tensor, mean: Tensor) -> Tensor:
+    prior_precision = torch.as_tensor(prior_precision, dtype=mean.dtype, device=mean.device)
+    require_positive(prior_precision, "prior_precision")
+    return prior_precision.expand(mean.shape).clone()
+
+
+def from_ivon(optimizer: torch.optim.Optimizer, net: nn.Module) -> DiagonalGaussian:
+    """Posterior of IVON (package ``ivon-opt``): precision ``ess (hess + weight_decay)``, prior ``ess weight_decay``.
+
+    Args:
+        optimizer: ``ivon.IVON`` of this net, outside ``sampled_params``.
+        net: whose parameters are the mean.
+
+    Raises:
+        TypeError: another optimizer.
+        ValueError: parameters of the net that the optimizer does not have.
+
+    Source: Shen et al. 2024, "Variational learning is effective for large deep networks".
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups or not all({"hess", "ess", "weight_decay"} <= set(group) for group in groups):
+        raise TypeError(f"from_ivon reads an ivon.IVON optimizer; got {type(optimizer).__name__}.")
+    pieces: dict[int, tuple[Tensor, float, float]] = {}
+    for group in groups:
+        own = [p for p in group["params"] if p is not None]
+        sizes = [p.numel() for p in own]
+        if group["hess"].numel() != sum(sizes):
+            raise ValueError(f"IVON's Hessian has {group['hess'].numel()} entries for {sum(sizes)} weights.")
+        for p, hess in zip(own, group["hess"].split(sizes), strict=True):
+            pieces[id(p)] = hess, float(group["ess"]), float(group["weight_decay"])
+    means, precisions, priors = [], [], []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) not in pieces:
+            raise ValueError(f"IVON does not train '{name}' of this net: freeze it, or give the net that it trains.")
+        hess, ess, weight_decay = pieces[id(p)]
+        means.append(p.detach().flatten())
+        precisions.append(ess * (hess.detach() + weight_decay))
+        priors.append(torch.full_like(means[-1], ess * weight_decay))
+    prior = torch.cat(priors)
+    known = prior if bool((prior > 0).all()) else None
+    return gaussian(torch.cat(means), precision=torch.cat(precisions), prior_precision=known)
+
+
+def from_laplace(posterior: object) -> GaussianWeights:
+    """The posterior of laplace-torch: ``DiagLaplace`` or ``FullLaplace``, after ``fit``.
+
+    Args:
+        posterior: its object. Of a last-layer one make ``VariationalGP(..., params="last_layer")``.
+
+    Raises:
+        TypeError: another structure (Kronecker, low rank), or another object.
+    """
+    mean, precision = getattr(posterior, "mean", None), getattr(posterior, "posterior_precision", None)
+    if not isinstance(mean, Tensor) or not isinstance(precision, Tensor):
+        raise TypeError(
+            f"from_laplace reads a fitted DiagLaplace or FullLaplace of laplace-torch; got {type(posterior).__name__}."
+        )
+    return gaussian(mean, precision=precision, prior_precision=posterior.prior_precision_diag.detach())
+
+
+class SWAG:
+    """Stochastic weight averaging, Gaussian: the moments of the weights that any optimizer goes through.
+
+    ``N(mean, (diag(variance) + D D^T / (r - 1)) / 2)`` with mean and variance over all that were collected, and D the
+    last r of them less the mean. Call :meth:`collect` once in an epoch or so, at the end of training with a constant
+    learning rate.
+
+    Args:
+        net: the net in training; it is read, never written.
+        rank: r, at least 2, how many deviations are kept; 0 for the diagonal alone.
+        params: which weights, as in :class:`Linearization`.
+
+    Source: Maddox et al. 2019, "A simple baseline for Bayesian uncertainty in deep learning"; here deviations are from
+    the final mean, and the variance is summed by Welford's rule, which does not cancel.
+    """
+
+    def __init__(self, net: nn.Module, rank: int = 20, params: Sequence[str] | str | None = None) -> None:
+        if rank < 0 or rank == 1:
+            raise ValueError(f"rank must be at least 2, or 0 for the diagonal alone; got {rank}.")
+        self.net, self.rank = net, rank
+        self.names = select_parameters(net, params)
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._last: list[Tensor] = []
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the net's present weights in.
+
+        Raises:
+            ValueError: weights that are NaN or infinite; what was collected stays.
+        """
+        parameters = dict(self.net.named_parameters())
+        w = torch.cat([parameters[name].detach().flatten() for name in self.names])
+        require_finite(w, "The net's weights", "Training has diverged.")
+        if self._mean is None:
+            self._mean, self._squares = torch.zeros_like(w), torch.zeros_like(w)
+        self.count += 1
+        away = w - self._mean
+        self._mean = self._mean + away / self.count
+        self._squares = self._squares + away * (w - self._mean)
+        self._last = [*self._last, w][-self.rank :] if self.rank else []
+
+    def gaussian(self) -> GaussianWeights:
+        """The Gaussian over weights."""
+        if self.count < 2:
+            raise ValueError(f"SWAG needs at least two collected sets of weights; there are {self.count}.")
+        variance = self._squares / self.count
+        if not self.rank:
+            return DiagonalGaussian(self._mean.clone(), variance)
+        deviations = torch.stack(self._last, -1) - self._mean[:, None]
+        return LowRankGaussian(self._mean.clone(), variance / 2, deviations / (2 * (len(self._last) - 1)) ** 0.5)
