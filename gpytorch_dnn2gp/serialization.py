@@ -7,6 +7,7 @@
     raw/        hyperparameters as they are optimised; fixed/: the others
     added/      data that the GP was conditioned on
     residual/   parameters and buffers of a residual kernel
+    model/      what sets the linear model of an iterate apart, given/ a Gaussian over weights that was given
     check/      values of a loss or residual kernel that the file cannot hold, to recognise it by
 
 The format is safetensors: nothing in a file is ever executed.
@@ -34,12 +35,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import losses
-from .gp import LaplaceGP
+from .gp import LaplaceGP, NetworkGP
+from .kernels import JacobianKernel
+from .linear_model import LinearModel, at_weights
 from .linearize import Linearization
 from .losses import Loss
 from .model_state import LOSSES, close, is_own, loss_values
+from .variational import VariationalGP
+from .weights import DiagonalGaussian, LowRankGaussian, WhitenedGaussian
 
-FORMAT = 1  # raised when older packages could not read a file rightly
+FORMAT = 2  # raised when older packages could not read a file rightly: 2 is a VariationalGP's, 1 a LaplaceGP's
 _KEY = "gpytorch_dnn2gp"
 _CONSTRAINTS = {"Interval": Interval, "GreaterThan": GreaterThan, "LessThan": LessThan, "Positive": Positive}
 _TRANSFORMS = {
@@ -48,18 +53,19 @@ _TRANSFORMS = {
     "sigmoid": (torch.sigmoid, inv_sigmoid),
     "none": (None, None),
 }
+_GIVEN = {kind.__name__: kind for kind in (DiagonalGaussian, WhitenedGaussian, LowRankGaussian)}
 _DTYPES = {str(d): d for d in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 
-def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None:
+def save(gp: NetworkGP, path: str | os.PathLike, jacobians: bool = True) -> None:
     """Write all that ``gp`` needs to predict, condition and give evidence into one safetensors file.
 
     The file replaces one of the same name only when it is complete: an interrupted save loses nothing. Priors on
     hyperparameters and progress settings are not written.
 
     Args:
-        gp: a :class:`LaplaceGP`, conditioned on more data or not. If it has not been used yet, its sums over the data
-            are taken first.
+        gp: a :class:`LaplaceGP` or :class:`VariationalGP`, conditioned on more data or not. If it has not been used
+            yet, its sums over the data are taken first.
         path: of the file; its folder must exist.
         jacobians: keep the Jacobians at the training inputs (n K P numbers) where solver="function_space" holds them.
             Without them the file is smaller, they are computed again after loading, and predictions may differ by
@@ -68,15 +74,16 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
     Raises:
         TypeError, ValueError: what cannot be saved faithfully: another model, a constraint of your own.
     """
-    if type(gp) is not LaplaceGP:
-        raise TypeError(f"save writes a LaplaceGP; got {type(gp).__name__}.")
+    if type(gp) not in (LaplaceGP, VariationalGP):
+        raise TypeError(f"save writes a LaplaceGP or a VariationalGP; got {type(gp).__name__}.")
+    variational = type(gp) is VariationalGP
     path = Path(path)
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"Cannot write {path}: " + ("it is a folder." if path.is_dir() else "no such folder."))
     lin, kernel, likelihood = gp.linearization, gp.covar_module, gp.likelihood
     net = lin.net
     config = {
-        "format": FORMAT,
+        "format": 2 if variational else 1,
         "version": _version(),
         "net": f"{type(net).__module__}.{type(net).__qualname__}",
         "dtype": str(lin.dtype),
@@ -91,7 +98,7 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
     }
     with torch.no_grad():
         solver = gp._solver_for(gp._splitting())
-    config["solver"] = gp.solver if gp.structure == "full" else "auto"
+    config["solver"] = gp.solver if gp.structure == "full" and gp.model.given is None else "auto"
 
     tensors = {f"net/{name}": tensor for name, tensor in _net_state(net).items()}
     tensors |= {"data/inputs": gp._inputs, "data/labels": gp._labels, "data/outputs": gp._outputs}
@@ -109,6 +116,11 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
         }
     if kernel.structure.base_variance is not None:
         tensors["fixed/prior_variance"] = kernel.structure.base_variance
+    if kernel.structure.base_root is not None:
+        tensors["fixed/prior_root"] = kernel.structure.base_root
+    if variational:
+        config["model"], more = _describe_model(gp)
+        tensors |= more
     if gp.noise is not None:
         tensors["fixed/noise"] = gp.noise
     if gp._added is None:
@@ -130,7 +142,7 @@ def save(gp: LaplaceGP, path: str | os.PathLike, jacobians: bool = True) -> None
 
 def load(
     path: str | os.PathLike, net: nn.Module, loss: Loss | None = None, residual_kernel: Kernel | None = None
-) -> LaplaceGP:
+) -> NetworkGP:
     """The GP that :func:`save` wrote, predicting as it did: to the bit with the same versions, threads and machine.
 
     Args:
@@ -185,7 +197,7 @@ def _rebuild(
     loss: Loss | None,
     residual_kernel: Kernel | None,
     path: str | os.PathLike,
-) -> LaplaceGP:
+) -> NetworkGP:
     loss = _rebuild_loss(config["loss"], loss, tensors.get("fixed/noise"), path)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
@@ -201,19 +213,30 @@ def _rebuild(
             f"The net's parameters come in another order than in {path}: {', '.join(lin.param_names)} instead of "
             f"{', '.join(config['params'])}."
         )
-    gp = LaplaceGP(
-        lin,
+    root = tensors.get("fixed/prior_root")
+    variance = tensors.get("fixed/prior_variance") if root is None else root @ root.mT
+    kernel = JacobianKernel(lin, groups=config["groups"]["parameters"], prior_variance=variance)
+    if root is not None:
+        kernel.structure.base_root = root
+    temperature = tensors["fixed/temperature"]
+    kind, model, own_temperature = LaplaceGP, LinearModel(), float(temperature)
+    if config["format"] > 1:
+        kind, model, own_temperature = VariationalGP, *_rebuild_model(config["model"], tensors, lin)
+    gp = kind.__new__(kind)
+    NetworkGP.__init__(
+        gp,
+        kernel,
         tensors["data/inputs"],
         tensors["data/labels"],
         loss,
-        groups=config["groups"]["parameters"],
-        solver=config["solver"],
-        structure=config["structure"],
-        features=config["features"],
-        prior_variance=tensors.get("fixed/prior_variance"),
-        temperature=float(tensors["fixed/temperature"]),
-        residual_kernel=_rebuild_residual_kernel(config, _under("residual/", tensors), residual_kernel, path),
+        model,
+        config["solver"],
+        config["structure"],
+        config["features"],
+        own_temperature,
+        _rebuild_residual_kernel(config, _under("residual/", tensors), residual_kernel, path),
     )
+    gp.likelihood._temperature = temperature
     outputs = tensors["data/outputs"]
     _require_shape("data/outputs", outputs, (len(tensors["data/inputs"]), *outputs.shape[1:]))
     if not close(gp._outputs, outputs):
@@ -265,8 +288,8 @@ def _rebuild(
     return gp
 
 
-def _shapes_of_sums(gp: LaplaceGP) -> dict[str, tuple[int, ...]]:
-    n, p = len(gp._inputs), gp.linearization.num_weights
+def _shapes_of_sums(gp: NetworkGP) -> dict[str, tuple[int, ...]]:
+    n, p = len(gp._inputs) * gp.model.num_samples, gp.linearization.num_weights
     m = gp.num_outputs if gp.features == "jacobian" else 1
     c = len(gp._splitting().noise_scale)
     return {
@@ -454,7 +477,7 @@ def _rebuild_residual_kernel(config: dict, state: dict[str, Tensor], kernel: Ker
     return kernel
 
 
-def _fingerprint(gp: LaplaceGP, config: dict) -> dict[str, Tensor]:
+def _fingerprint(gp: NetworkGP, config: dict) -> dict[str, Tensor]:
     """Values at the training data of what the file cannot hold: what is given again must have them too."""
     checks = {}
     with torch.no_grad():
@@ -466,13 +489,52 @@ def _fingerprint(gp: LaplaceGP, config: dict) -> dict[str, Tensor]:
     return checks
 
 
-def _hyperparameters(gp: LaplaceGP) -> list[tuple[nn.Module, str]]:
+def _hyperparameters(gp: NetworkGP) -> list[tuple[nn.Module, str]]:
     """Owners and names of what is optimised."""
     owners = (gp.covar_module, "raw_prior_precision"), (gp.likelihood, "raw_noise")
     return [(module, name) for module, name in owners if hasattr(module, name)]
 
 
-def _describe_groups(gp: LaplaceGP) -> dict:
+def _describe_model(gp: NetworkGP) -> tuple[dict, dict[str, Tensor]]:
+    """The linear model of an iterate, or a given Gaussian."""
+    model = gp.model
+    numbers = {name: getattr(model, name) for name in ("rate", "train_size", "pull", "prior_known")}
+    tensors = {f"model/{name}": getattr(model, name) for name in ("mean", "away") if getattr(model, name) is not None}
+    if model.samples:
+        tensors["model/samples"] = torch.stack([net.weights for net in model.samples])
+    given = None
+    if model.given is not None:
+        given = type(model.given).__name__
+        if _GIVEN.get(given) is not type(model.given):
+            raise TypeError(
+                f"save cannot write a {given} over weights: give VariationalGP one made by "
+                "gpytorch_dnn2gp.weights.gaussian."
+            )
+        tensors |= {f"given/{name}": tensor for name, tensor in model.given.tensors().items()}
+    return {**numbers, "given": given, "temperature": gp._given_temperature}, tensors
+
+
+def _rebuild_model(saved: dict, tensors: dict[str, Tensor], lin: Linearization) -> tuple[LinearModel, float]:
+    given = None
+    if saved["given"] is not None:
+        if saved["given"] not in _GIVEN:
+            raise _Damaged(f"names the Gaussian {saved['given']!r}, which is none of {', '.join(_GIVEN)}")
+        given = _GIVEN[saved["given"]](**_under("given/", tensors))
+    vectors = {name: tensors.get(f"model/{name}") for name in ("mean", "away")}
+    vectors["given/mean"] = None if given is None else given.mean
+    for name, vector in vectors.items():
+        if vector is not None:
+            _require_shape(f"model/{name}", vector, (lin.num_weights,))
+    samples = tensors.get("model/samples")
+    if samples is not None:
+        _require_shape("model/samples", samples, (len(samples), lin.num_weights))
+    nets = () if samples is None else tuple(at_weights(lin, w) for w in samples)
+    numbers = {name: saved[name] for name in ("rate", "train_size", "pull", "prior_known")}
+    model = LinearModel(vectors["mean"], vectors["away"], samples=nets, given=given, **numbers)
+    return model, float(saved["temperature"])
+
+
+def _describe_groups(gp: NetworkGP) -> dict:
     """Names of the groups, and the parameters in each."""
     lin, groups = gp.linearization, gp.covar_module.groups
     owner, parameters = groups.index(torch.device("cpu")).tolist(), [[] for _ in groups.names]
