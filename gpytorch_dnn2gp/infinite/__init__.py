@@ -1,0 +1,28 @@
+"""The same network, infinitely wide: NNGP and NTK kernels of an ``nn.Module``, for GPyTorch.
+
+    NNGPKernel(net), NTKKernel(net)          from a module
+    fully_connected(...), convolutional(...) from depth and sigma
+    rule                                     for layers of your own
+    integrals                                E[phi(u) phi(v)] of any activation
+
+Read integrals.py first, then state.py (what travels through the net), rules.py (what each layer does to it), program.py
+(from a module to a matrix), kernels.py.
+"""
+
+from . import integrals
+from .constructors import convolutional, fully_connected
+from .kernels import NNGPKernel, NTKKernel
+from .rules import Pointwise, Weighted, rule
+from .state import State
+
+__all__ = [
+    "NNGPKernel",
+    "NTKKernel",
+    "Pointwise",
+    "State",
+    "Weighted",
+    "convolutional",
+    "fully_connected",
+    "integrals",
+    "rule",
+]

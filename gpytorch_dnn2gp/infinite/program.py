@@ -1,0 +1,461 @@
+"""From an ``nn.Module`` to a program of layers, and from a program and inputs to a covariance matrix.
+
+:func:`program_of` traces the module with ``torch.fx`` and finds a rule for each step. :func:`covariance` runs the program
+twice (see state.py): each input with itself, then tiles of all pairs, so small that a tile stays in the processor's cache
+from the first layer to the last.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import tiling
+from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Layer, Pointwise, Weighted
+from .state import Across, Features, Run, State, Within
+
+TILE = 2**17  # entries of one tile: some of them together stay in the processor's cache
+
+HOW_TO_ADD = (
+    "A rule of your own takes a few lines: @infinite.rule({kind}), then a function of the {what} that returns a function of "
+    "the state; see infinite.rules."
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a program.
+
+    Attributes:
+        name: of its output.
+        place: of the module in the net, or the function; for messages.
+        inputs: names of its inputs.
+        layer: what it does to states.
+        exact: what it does to inputs on which nothing random has acted, ``(m, *shape)``; None for layers with weights.
+        index: of a layer with weights, its place among these; else None.
+    """
+
+    name: str
+    place: str
+    inputs: tuple[str, ...]
+    layer: Layer
+    exact: Callable[..., Tensor] | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A net at infinite width.
+
+    Attributes:
+        steps: in order; the first input is called "x", the last step is the output.
+        layers: names of the layers with weights, in the order of their variances.
+    """
+
+    steps: tuple[Step, ...]
+    layers: tuple[str, ...] = field(init=False)
+    full: dict[str, bool] = field(init=False, repr=False)  # where all pairs of positions are needed
+    last_use: dict[str, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        full, last_use = {step.name: False for step in self.steps} | {"x": False}, {}
+        for step in reversed(self.steps):
+            needs = getattr(step.layer, "needs_full", lambda wanted: wanted)(full[step.name])
+            for name in step.inputs:
+                full[name] = full[name] or needs
+                last_use.setdefault(name, step.name)
+        object.__setattr__(self, "full", full)
+        object.__setattr__(self, "last_use", last_use)
+        object.__setattr__(self, "layers", tuple(step.place for step in self.steps if step.index is not None))
+
+    def __call__(self, x: Features) -> State | Features:
+        """Run all steps."""
+        values: dict[str, State | Features] = {"x": x}
+        run = x.run
+        for step in self.steps:
+            inputs = [values[name] for name in step.inputs]
+            run.node, run.full = step.name, self.full[step.name]
+            try:
+                out = self._apply(step, inputs, run)
+            except ValueError as error:
+                raise ValueError(f"{step.place}: {error}") from error
+            if isinstance(out, State) and out.full and not (run.full and out.positions):
+                out = out.diagonal() if out.positions else _without_positions(out)
+            values[step.name] = out
+            for name in step.inputs:
+                if self.last_use[name] == step.name:
+                    values.pop(name, None)
+        return values[self.steps[-1].name]
+
+    @staticmethod
+    def _apply(step: Step, inputs: list[State | Features], run: Run) -> State | Features:
+        if step.index is not None:
+            index = step.index if run.weight_variance.shape[-1] > 1 else 0
+            return step.layer(inputs[0], run.weight_variance[..., index], run.bias_variance[..., index])
+        if isinstance(inputs[0], Features) and not isinstance(step.layer, Add):
+            if step.exact is None:
+                raise ValueError("it acts on the inputs themselves, which its rule does not say how to do.")
+            return inputs[0].map(step.exact)
+        return step.layer(*inputs)
+
+
+def _without_positions(state: State) -> State:
+    return state.linear(lambda k: k, full=False)
+
+
+# ---- tracing
+
+
+class _Tracer(fx.Tracer):
+    """Stops at modules that have a rule, and at torch's own."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if _lookup(MODULE_RULES, module) is not None or _lookup(NO_RULE, module) is not None:
+            return True
+        return super().is_leaf_module(module, name)
+
+
+def _lookup(rules: dict, module: nn.Module):
+    return next((rules[kind] for kind in type(module).__mro__ if kind in rules), None)
+
+
+_BATCH = object()  # stands for the number of examples, as in x.view(x.size(0), -1)
+
+
+def program_of(net: nn.Module) -> Program:
+    """The program of a module.
+
+    The module is traced, not run, and neither kept nor changed: only its structure counts, not its weights.
+
+    Raises:
+        TypeError: if ``net`` is no module.
+        NotImplementedError: for a module or function that has no rule, with its place in the net and how to add a rule.
+        ValueError: for a net whose outputs are no Gaussian process, or with shared weights, or that cannot be traced.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be an nn.Module, or made by fully_connected or convolutional; got {type(net).__name__}.")
+    tracer = _Tracer()
+    if _lookup(MODULE_RULES, net) or _lookup(NO_RULE, net):
+        net = nn.Sequential(net)
+    try:
+        graph = tracer.trace(net)
+    except Exception as error:
+        raise ValueError(
+            f"{type(net).__name__} cannot be traced by torch.fx: {error} Its forward may not branch on values or shapes of "
+            "its input; give the part that does a rule of its own, @infinite.rule(ThatModule)."
+        ) from error
+    modules = dict(net.named_modules())
+    names: dict[fx.Node, object] = {}
+    steps: list[Step] = []
+    owners: dict[int, str] = {}
+    num_weighted = 0
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if "x" in names.values():
+                if node.args:  # an argument with a default
+                    names[node] = node.args[0]
+                    continue
+                raise ValueError(f"{type(net).__name__}.forward takes several inputs; the rules are for one.")
+            names[node] = "x"
+        elif node.op == "output":
+            result = node.args[0]
+            if not isinstance(result, fx.Node):
+                raise ValueError(f"{type(net).__name__} returns a {type(result).__name__}; the rules are for one tensor.")
+            if not steps or names[result] != steps[-1].name:
+                steps = _upto(steps, names[result])
+        elif node.op == "get_attr":
+            raise NotImplementedError(
+                f"The net uses its tensor {node.target!r} directly, for which there is no rule. Put it into a module of its "
+                "own, and " + HOW_TO_ADD.format(kind="ThatModule", what="module")
+            )
+        elif _is_batch_size(node, names):
+            names[node] = _BATCH
+        else:
+            if node.op == "call_module":
+                module = modules[node.target]
+                place = f"{node.target!r} ({type(module).__name__})"
+                _require_unshared(module, node.target, owners)
+                layer = _module_layer(module, place)
+                inputs, exact = list(node.args), _copy_without_weights(module)
+            else:
+                place = f"the call of {_name_of(node.target)} at {node.name!r}"
+                layer, inputs, exact = _function_layer(node, names, place)
+            unknown = [a for a in inputs if not isinstance(a, fx.Node) or not isinstance(names.get(a), str)]
+            if unknown or (node.op == "call_module" and (node.kwargs or len(inputs) != 1)):
+                raise NotImplementedError(f"{place} is called with other arguments than one tensor; there is no rule for that.")
+            index = None
+            if isinstance(layer, Weighted):
+                index, num_weighted, exact = num_weighted, num_weighted + 1, None
+            steps.append(Step(node.name, place, tuple(names[a] for a in inputs), layer, exact, index))
+            names[node] = node.name
+    if num_weighted == 0:
+        raise ValueError(f"{type(net).__name__} has no layer with weights, so it is no random function.")
+    return Program(tuple(steps))
+
+
+def _upto(steps: list[Step], name: object) -> list[Step]:
+    """The steps up to the one of this name, which torch.fx put before others that nothing uses."""
+    names = [step.name for step in steps]
+    if name not in names:
+        raise ValueError("The net returns its input.")
+    return steps[: names.index(name) + 1]
+
+
+def _is_batch_size(node: fx.Node, names: dict) -> bool:
+    """``x.size(0)``, ``x.shape[0]``, ``len(x)``, and what leads there."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,)
+    if node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",):
+        return True
+    if node.op == "call_function" and node.target is operator.getitem:
+        return names.get(node.args[0]) is _BATCH and node.args[1] == 0
+    return False
+
+
+def _name_of(target: object) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _require_unshared(module: nn.Module, name: str, owners: dict[int, str]) -> None:
+    for parameter in module.parameters():
+        owner = owners.setdefault(id(parameter), name)
+        if owner != name or (name, "seen") in owners:
+            where = f"{owner!r} and {name!r}" if owner != name else f"{name!r}, which is called twice"
+            raise ValueError(
+                f"Weights are shared by {where}. Then branches are not independent, and the rules, each for fresh weights, do "
+                "not hold. Give each place a module of its own."
+            )
+    if next(module.parameters(), None) is not None:
+        owners[(name, "seen")] = name
+
+
+def _module_layer(module: nn.Module, place: str) -> Layer:
+    make = _lookup(MODULE_RULES, module)
+    if make is None:
+        kind = type(module).__name__
+        why = _lookup(NO_RULE, module)
+        raise NotImplementedError(
+            f"{place} has no rule at infinite width{': ' + why if why else ''}. "
+            + HOW_TO_ADD.format(kind=kind, what="module")
+        )
+    try:
+        return make(module)
+    except ValueError as error:
+        raise NotImplementedError(f"{place}: {error}") from error
+
+
+def _function_layer(node: fx.Node, names: dict, place: str) -> tuple[Layer, list[fx.Node], Callable]:
+    """Layer of a function or method call, the tensors it acts on, and the same call on tensors."""
+    make = FUNCTION_RULES.get(node.target)
+    if make is None:
+        raise NotImplementedError(
+            f"{place} has no rule at infinite width. "
+            + HOW_TO_ADD.format(kind=_name_of(node.target), what="other arguments of the call")
+        )
+    tensors = [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node) and isinstance(names.get(a), str)]
+
+    def is_tensor(a: object) -> bool:
+        return isinstance(a, fx.Node) and a in tensors
+
+    others = [names.get(a, a) if isinstance(a, fx.Node) else a for a in node.args if not is_tensor(a)]
+    options = {key: names.get(a, a) if isinstance(a, fx.Node) else a for key, a in node.kwargs.items() if not is_tensor(a)}
+    if len(tensors) > 1 and make is not FUNCTION_RULES[operator.add]:
+        raise NotImplementedError(f"{place} combines {len(tensors)} branches, for which there is no rule; sums have one.")
+    if len(tensors) == 1 and make is FUNCTION_RULES[operator.add] and not others:
+        raise NotImplementedError(f"{place} adds a branch to itself, for which there is no rule; multiply by 2 instead.")
+    try:
+        layer = make(*others, **options)
+    except (ValueError, TypeError) as error:
+        raise NotImplementedError(f"{place}: {error}") from error
+    target, args, kwargs = node.target, tuple(node.args), dict(node.kwargs)
+
+    def call(*values: Tensor) -> Tensor:
+        bound = dict(zip(tensors, values))
+
+        def fill(a: object) -> object:
+            if isinstance(a, fx.Node):
+                return bound[a] if a in bound else len(values[0])
+            return type(a)(fill(b) for b in a) if isinstance(a, list | tuple) else a
+
+        filled, options = [fill(a) for a in args], {key: fill(a) for key, a in kwargs.items()}
+        if isinstance(target, str):
+            return getattr(filled[0], target)(*filled[1:], **options)
+        return target(*filled, **options)
+
+    return layer, tensors, call
+
+
+def _copy_without_weights(module: nn.Module) -> nn.Module | None:
+    """The module to be applied to inputs, in eval mode; layers with weights are never applied."""
+    return None if next(module.parameters(), None) is not None else copy.deepcopy(module).eval()
+
+
+# ---- running
+
+
+def covariance(
+    program: Program,
+    x1: Tensor,
+    x2: Tensor | None,
+    weight_variance: Tensor,
+    bias_variance: Tensor,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    ntk: str | None = None,
+    dropout: bool = False,
+    progress: bool | None = None,
+) -> Tensor:
+    """NNGP or NTK of all pairs, ``(*B, n1, n2)``.
+
+    Args:
+        program: the net.
+        x1, x2: inputs ``(*B, n, d)``; ``x2=None`` means ``x1``, and half the work.
+        weight_variance, bias_variance: sigma_w^2 and sigma_b^2, ``(*B, 1)`` or ``(*B, L)``.
+        input_shape: of one input; ``(d,)`` by default.
+        ntk: None for the NNGP, else "ntk" or "standard".
+        dropout: whether masks are drawn.
+        progress: True, False, or None for a bar on terminals only.
+    """
+    symmetric = x2 is None
+    n1, n2 = x1.shape[-2], (x1 if symmetric else x2).shape[-2]
+    batch = x1.shape[:-2]
+    tiling.require_memory(
+        batch.numel() * n1 * n2,
+        x1.dtype,
+        x1.device,
+        f"The kernel matrix ({' x '.join(map(str, (*batch, n1, n2)))})",
+        "Take fewer points at once.",
+    )
+    shape = input_shape or (x1.shape[-1],)
+    options = {"weight_variance": weight_variance, "bias_variance": bias_variance, "ntk": ntk, "dropout": dropout}
+    x1 = x1.unflatten(-1, shape)
+    x2 = x1 if symmetric else x2.unflatten(-1, shape)
+    x = x1 if symmetric else torch.cat([x1, x2], len(batch))
+    diagonal, points, area = _within(program, x, shape, options)
+
+    def tile(rows: slice, columns: slice) -> Tensor:
+        second = columns if symmetric else slice(n1 + columns.start, n1 + columns.stop)
+        run = Across(**options, points=points, rows=rows, columns=second)
+        a, b = (u.narrow(len(batch), s.start, s.stop - s.start) for u, s in ((x1, rows), (x2, columns)))
+        return _kernel_of(program(Features(a, b, shape, run)), ntk)
+
+    tiles = list(_tiles(n1, n2, max(1, TILE // (area * max(1, batch.numel()))), symmetric))
+    tensors = (x, weight_variance, bias_variance)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
+    if recorded:
+        return _assembled([_tile_again(tile, *at, len(tiles)) for at in bar], tiles, n1, n2, diagonal if symmetric else None)
+    out = x.new_empty(*batch, n1, n2)
+    for rows, columns in bar:
+        block = tile(rows, columns)
+        out[..., rows, columns] = block
+        if symmetric and columns.start >= rows.stop:
+            out[..., columns, rows] = block.mT
+    if symmetric:
+        out.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return out
+
+
+def variances(program: Program, x: Tensor, weight_variance: Tensor, bias_variance: Tensor, **options) -> Tensor:
+    """The diagonal of :func:`covariance`, ``(*B, n)``, at the cost of n pairs."""
+    shape = options.pop("input_shape") or (x.shape[-1],)
+    options = {"weight_variance": weight_variance, "bias_variance": bias_variance, **options}
+    return _within(program, x.unflatten(-1, shape), shape, options)[0]
+
+
+def _within(program: Program, x: Tensor, shape: tuple[int, ...], options: dict) -> tuple[Tensor, dict, int]:
+    """Variances of the outputs, what the layers prepared of theirs, and the largest number of entries of one pair."""
+    axis = x.dim() - len(shape) - 1
+    batch = x.shape[:axis]
+    probe = Within(**options)
+    widest = _widest(program, x.narrow(axis, 0, min(1, x.shape[axis])), shape, probe)
+    per_input = 8 * max(widest, x.shape[axis + 1 :].numel()) * max(1, batch.numel())
+    length = tiling.chunk_length(per_input, x.dtype, x.device)
+    diagonals, recorded = [], []
+    for part in tiling.chunks(x.shape[axis], length):
+        run = Within(**options)
+        piece = x.narrow(axis, part.start, part.stop - part.start).unsqueeze(axis + 1)
+        state = program(Features(piece, piece, shape, run))
+        diagonals.append(_kernel_of(state, options["ntk"])[..., 0, 0])
+        recorded.append(run.recorded)
+    points = {}
+    for node, (_, prepare, m) in recorded[0].items():
+        variance = torch.cat([r[node][0] for r in recorded], -m - 1)
+        points[node] = prepare(variance), m
+    return torch.cat(diagonals, -1), points, widest
+
+
+def _widest(program: Program, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
+    """Most entries that any state has for one pair."""
+    sizes = [1]
+
+    class Watched(Program):
+        @staticmethod
+        def _apply(step, inputs, run):
+            out = Program._apply(step, inputs, run)
+            if isinstance(out, State):
+                sizes.append(out.k.numel() // max(1, x.shape[: x.dim() - len(shape)].numel()))
+            return out
+
+    if x.numel():
+        with torch.no_grad():
+            piece = x.unsqueeze(x.dim() - len(shape))
+            Watched(program.steps)(Features(piece, piece, shape, run))
+    return max(sizes)
+
+
+def _kernel_of(out: State | Features, ntk: str | None) -> Tensor:
+    if not isinstance(out, State) or not out.gaussian:
+        raise ValueError(
+            "The net does not end in a layer with weights, so its outputs are no Gaussian process. Leave out the last "
+            "activation, or add a linear readout."
+        )
+    if out.positions:
+        if out.k[0, 0].numel() != 1 or any(size != 1 for size in out.positions):
+            raise ValueError(
+                f"The net's output has positions {out.positions}, each with a covariance of its own. End it with pooling, or "
+                "Flatten, and a linear readout."
+            )
+    k = out.k if ntk is None else out.t
+    return k.flatten(k.dim() - len(out.positions)).squeeze(-1) if out.positions else k
+
+
+def _tiles(n1: int, n2: int, pairs: int, symmetric: bool) -> list[tuple[slice, slice]]:
+    """Slices of rows and columns of at most ``pairs`` pairs each; for a symmetric matrix those of its upper half."""
+    tiles, start = [], 0
+    while start < n1:
+        first = start if symmetric else 0
+        height = max(1, min(pairs // max(1, n2 - first), n1 - start))
+        rows = slice(start, start + height)
+        for part in tiling.chunks(n2 - first, max(1, pairs // height)):
+            tiles.append((rows, slice(first + part.start, first + part.stop)))
+        start += height
+    return tiles
+
+
+def _tile_again(tile: Callable[[slice, slice], Tensor], rows: slice, columns: slice, num_tiles: int) -> Tensor:
+    """A tile whose gradient computes it again, so that no layer of any other tile has to be kept."""
+    if num_tiles == 1:
+        return tile(rows, columns)
+    return checkpoint(tile, rows, columns, use_reentrant=False, preserve_rng_state=False)
+
+
+def _assembled(blocks: list[Tensor], tiles: list, n1: int, n2: int, diagonal: Tensor | None) -> Tensor:
+    """One matrix of its tiles, differentiably."""
+    rows: dict[int, list[Tensor]] = {}
+    for block, (at, columns) in zip(blocks, tiles):
+        row = rows.setdefault(at.start, [])
+        if not row and columns.start:
+            row.append(block.new_zeros(*block.shape[:-1], columns.start))
+        row.append(block)
+    matrix = torch.cat([torch.cat(row, -1) for row in rows.values()], -2)
+    if diagonal is None:
+        return matrix
+    upper = matrix.triu(1)
+    return (upper + upper.mT).diagonal_scatter(diagonal, dim1=-2, dim2=-1)
