@@ -5,6 +5,7 @@ The theorems are those of Khan, Immer, Abedi and Korzepa (NeurIPS 2019); docs/no
 
 from . import (
     dual,
+    infinite,
     laplace,
     losses,
     metrics,
@@ -44,6 +45,7 @@ __all__ = [
     "VariationalGP",
     "dual",
     "fit_evidence",
+    "infinite",
     "laplace",
     "load",
     "losses",

@@ -34,7 +34,9 @@ def activation_module(name: str, slope: float = 0.01) -> nn.Module:
     return modules[name] if name in modules else Activation(functions[name])
 
 
-def fully_connected(depth: int, activation: nn.Module, features: int, width: int = 8, bias: bool = True) -> nn.Sequential:
+def fully_connected(
+    depth: int, activation: nn.Module, features: int, width: int = 8, bias: bool = True
+) -> nn.Sequential:
     layers, size = [], features
     for _ in range(depth):
         layers += [nn.Linear(size, width, bias=bias), activation]

@@ -34,7 +34,7 @@ FULLY_CONNECTED = sorted(path.stem for path in FOLDER.glob("fc_*.npz"))
 
 
 def load(reference, file: str, case: str) -> tuple[dict, dict]:
-    """Hyperparameters, and the arrays without the case's prefix; `nngp` and the like are the exact values, if there are."""
+    """Hyperparameters, and the arrays without the case's prefix; `nngp` etc. are the exact values, if any."""
     data = reference(f"nngp/{file}")
     (meta,) = [c for c in data["meta"]["cases"] if c["case"] == case]
     arrays = {key[len(case) + 1 :]: value for key, value in data.items() if key.startswith(f"{case}_")}

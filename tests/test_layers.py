@@ -44,6 +44,7 @@ HOUSE = [
     "training",
     "selection",
     "bayesopt",
+    "infinite",
 ]
 FIRST_WITH_GPYTORCH = "kernels"
 ONLY_WITH_BOTORCH = "bayesopt"
@@ -113,6 +114,12 @@ def test_gpytorch_comes_in_with_the_kernels_and_botorch_in_one_leaf(path):
         assert "gpytorch" not in others, f"{here} stands above {FIRST_WITH_GPYTORCH}: torch and linear_operator only"
     if here != ONLY_WITH_BOTORCH:
         assert "botorch" not in others, "importing botorch changes GPyTorch's settings for the whole process"
+
+
+def test_infinite_width_needs_no_trained_net():
+    """It sees numbers, tiles and pictures alone."""
+    names = set().union(*(imports_of(path) for path in FILES if module_of(path) == "infinite"))
+    assert houses_in(names) <= {"infinite", "numerics", "tiling", "plotting"}
 
 
 def test_imports_are_read_in_every_form():

@@ -30,7 +30,7 @@ def fully_connected(
     Args:
         depth: number of hidden layers, each with its activation.
         activation: "relu", "tanh", ... (``integrals.ACTIVATIONS``), a function of a tensor, or an ``integrals.Dual``.
-        weight_variance, bias_variance: sigma_w^2 and sigma_b^2 of all ``depth + 1`` layers with weights, or one for each.
+        weight_variance, bias_variance: sigma_w^2 and sigma_b^2 of all ``depth + 1`` layers, or one for each.
         kernel: "nngp" or "ntk".
         width: of the hidden layers; only the NTK with ``parameterization="standard"`` depends on it.
         options: of :class:`NNGPKernel` or :class:`NTKKernel`.
@@ -60,7 +60,7 @@ def convolutional(
     width: int = 1,
     **options,
 ) -> NNGPKernel:
-    """A convolutional net: ``depth`` convolutions, each with its activation, then positions are put together, and a readout.
+    """A convolutional net: ``depth`` convolutions, each with its activation, then pooling or flattening, and a readout.
 
     Args:
         depth: number of convolutions.
@@ -121,5 +121,3 @@ def _chain(layers: list[tuple[str, Callable]]) -> Program:
         steps.append(Step(name, name, (before,), layer, None, index if weighted else None))
         before, index = name, index + weighted
     return Program(tuple(steps))
-
-

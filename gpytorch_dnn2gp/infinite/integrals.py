@@ -9,8 +9,8 @@ any other phi the Hermite expansion (:class:`Numerical`). A :class:`Dual` works 
 what depends on one input alone, so that a matrix of n x m pairs does that work n + m times; :meth:`Dual.value` and
 :meth:`Dual.derivative` then work on pairs, by broadcasting.
 
-All is differentiable in a, b and k, with finite gradients at k = +-sqrt(ab) and at a = 0: where V' itself has a kink (ReLU,
-step), its derivative counts as zero.
+All is differentiable in a, b and k, with finite gradients at k = +-sqrt(ab) and at a = 0: where V' itself has a
+kink (ReLU, step), its derivative counts as zero.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ class Dual(abc.ABC):
     A subclass fills :meth:`value` and :meth:`derivative` in terms of what :meth:`points` returns for each side.
     """
 
-    def points(self, a: Tensor, largest: float | None = None) -> Points:
+    def points(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> Points:
         """What one side needs, given its variances: tensors of the shape of ``a``, or with further axes in front.
 
         Args:
             a: variances.
             largest: of both sides, where that is not in ``a``: it decides how fine a numerical rule is.
+            derivative: whether V' is wanted too, which takes more terms.
         """
         return (a,)
 
@@ -151,7 +152,7 @@ def _rectifier(rho: Tensor, ra: Tensor, rb: Tensor, c: float, half: float) -> tu
 class Rectifier(Dual):
     """``negative * min(x, 0) + positive * max(x, 0)``: ReLU, leaky ReLU, abs.
 
-        V = (A - B)^2 / 2 pi * sqrt(ab - k^2) + V' k,   V' = (A^2 + B^2)/2 - (A - B)^2 / 2 pi * t,   cos t = k / sqrt(ab)
+        V = (A - B)^2/2pi sqrt(ab - k^2) + V' k,   V' = (A^2 + B^2)/2 - (A - B)^2/2pi t,   cos t = k / sqrt(ab)
 
     Args:
         negative, positive: the slopes A and B.
@@ -162,7 +163,7 @@ class Rectifier(Dual):
         self._c = (self.negative - self.positive) ** 2 / (2 * math.pi)
         self._half = (self.negative**2 + self.positive**2) / 2
 
-    def points(self, a: Tensor, largest: float | None = None) -> Points:
+    def points(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> Points:
         root = safe_sqrt(a)
         return root, safe_inverse(root).detach()
 
@@ -190,7 +191,7 @@ class Rectifier(Dual):
 class Step(Dual):
     """``low`` for x < 0 and ``high`` for x > 0: V only, since the derivative is no function.
 
-        E[sign sign] = 1 - 2t/pi,   cos t = k / sqrt(ab)
+    E[sign sign] = 1 - 2t/pi,   cos t = k / sqrt(ab)
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
@@ -202,7 +203,9 @@ class Step(Dual):
         return self.mean**2 + self.jump**2 * (1 - 2 / math.pi * _Angle.apply(k, *p, *q))
 
     def derivative(self, p: Points, q: Points, k: Tensor) -> Tensor:
-        raise ValueError("A step has no NTK: its derivative is zero or infinite. Take NNGPKernel, or a smooth activation.")
+        raise ValueError(
+            "A step has no NTK: its derivative is zero or infinite. Take NNGPKernel, or a smooth activation."
+        )
 
     def __repr__(self) -> str:
         return f"Step(low={self.mean - self.jump:g}, high={self.mean + self.jump:g})"
@@ -220,7 +223,7 @@ class Erf(Dual):
     def __init__(self, scale: float = 1.0, rate: float = 1.0, shift: float = 0.0) -> None:
         self.scale, self.rate, self.shift = float(scale), float(rate), float(shift)
 
-    def points(self, a: Tensor, largest: float | None = None) -> Points:
+    def points(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> Points:
         return ((1 + 2 * self.rate**2 * a).rsqrt(),)
 
     def value(self, p: Points, q: Points, k: Tensor) -> Tensor:
@@ -307,14 +310,14 @@ class Exp(Dual):
 
 
 class Polynomial(Dual):
-    """``sum_i coefficients[i] x^i``: V = sum_j E[phi^(j)(u)] E[phi^(j)(v)] k^j / j!, exact; the identity is ``(0, 1)``."""
+    """``sum_i coefficients[i] x^i``: exactly: V = sum_j E[phi^(j)(u)] E[phi^(j)(v)] k^j / j!."""
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients = tuple(float(c) for c in coefficients)
         if not self.coefficients:
             raise ValueError("coefficients is empty: give at least the constant term.")
 
-    def points(self, a: Tensor, largest: float | None = None) -> Points:
+    def points(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> Points:
         degree = len(self.coefficients) - 1
         means = []  # of the j-th derivative: E[u^i] = a^(i/2) (i - 1)!! for even i
         for j in range(degree + 1):
@@ -331,7 +334,9 @@ class Polynomial(Dual):
     def derivative(self, p: Points, q: Points, k: Tensor) -> Tensor:
         if len(self.coefficients) == 1:
             return torch.zeros_like(k)
-        order = torch.arange(1, len(self.coefficients), dtype=k.dtype, device=k.device).view(-1, *[1] * (p[0].dim() - 1))
+        order = torch.arange(1, len(self.coefficients), dtype=k.dtype, device=k.device).view(
+            -1, *[1] * (p[0].dim() - 1)
+        )
         return power_series(order * p[0][1:], q[0][1:], k)
 
     def __repr__(self) -> str:
@@ -399,19 +404,20 @@ def _hermite_rule(num_nodes: int, num_terms: int) -> tuple[Tensor, Tensor, Tenso
 
 
 class Numerical(Dual):
-    """Any other activation, by its Hermite expansion: one set of coefficients for each input, a power series for each pair.
+    """Any other activation, by its Hermite expansion: coefficients for each input, a power series for each pair.
 
         phi(sqrt(a) z) = sum_j alpha_j(a) h_j(z),   V = sum_j alpha_j(a) alpha_j(b) rho^j,   rho = k / sqrt(ab)
 
     Coefficients are sums over equally spaced nodes, which for analytic phi converge faster than any power. Both the
-    number of nodes and of terms come from ``tolerance``. What is left out of the series is bounded, for all correlations
-    at once, by what is missing of E[phi(u)^2] and E[phi'(u)^2]; those two are integrated exactly.
+    number of nodes and of terms come from ``tolerance``. What the series leaves out is bounded, for all correlations at
+    once, by what is missing of E[phi(u)^2] and E[phi'(u)^2]; those two are integrated exactly.
 
     Args:
         phi: maps a tensor entry by entry, and is differentiable almost everywhere.
-        tolerance: of V and V' relative to E[phi(u)^2] and E[phi'(u)^2]; None takes 1e-9 in float64, 1e-6 in float32.
-        max_terms: where the series is cut at last; then a :class:`NumericalWarning` tells the bound. Kinked activations
-            and large variances come to that; the error is at correlations near one.
+        tolerance: of V and V' relative to E[phi(u)^2] and E[phi'(u)^2]; None aims at 1e-9 in float64, at 1e-6 in
+            float32, and is content with a thousand times that.
+        max_terms: where the series is cut at last; if that misses the tolerance, a :class:`NumericalWarning` tells the
+            bound. Kinked activations and large variances come to that; the error is at correlations near one.
         name: for ``repr``.
     """
 
@@ -427,9 +433,9 @@ class Numerical(Dual):
         self._known: dict[tuple, tuple[int, int, float]] = {}
         self._stride = 2 if self._is_odd() else 1  # every other term is missing
 
-    def points(self, a: Tensor, largest: float | None = None) -> Points:
-        """E[phi], 1/sqrt(a), and alpha_j(a)/sqrt(a) for j >= 1, ``(J, *a.shape)``; at a = 0 the last is phi'(0), 0, ..."""
-        num_nodes, num_terms = self.resolution(a, largest)
+    def points(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> Points:
+        """E[phi], 1/sqrt(a), and alpha_j(a)/sqrt(a) for j >= 1, ``(J, *a.shape)``; at a = 0: phi'(0), 0, ..."""
+        num_nodes, num_terms = self.resolution(a, largest, derivative)
         z, _, basis = _on(_hermite_rule(num_nodes, num_terms + 1), a)
         root = safe_sqrt(a)
         pieces = [self._coefficients(piece, z, basis) for piece in self._pieces(root.flatten(), num_nodes)]
@@ -450,7 +456,7 @@ class Numerical(Dual):
     def variance_of_derivative(self, a: Tensor) -> Tensor:
         return self._square_mean(lambda x: slope_of(self.phi, x), a)
 
-    def resolution(self, a: Tensor, largest: float | None = None) -> tuple[int, int]:
+    def resolution(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> tuple[int, int]:
         """Number of nodes and of terms for variances up to the largest of ``a``, or up to ``largest``."""
         if largest is None:
             largest = float(a.detach().max()) if a.numel() else 0.0
@@ -459,14 +465,14 @@ class Numerical(Dual):
         tolerance = self.tolerance or (1e-9 if a.dtype == torch.float64 else 1e-6)
         # a quarter of an octave: nearby variances share a rule, and so does a matrix taken in several calls
         level = math.ceil(4 * math.log2(max(largest, 2.0**-20)) + 0.3)
-        key = level, tolerance
+        key = level, tolerance, derivative
         if key not in self._known:
-            self._known[key] = self._find_resolution(2.0 ** (level / 4), tolerance)
+            self._known[key] = self._find_resolution(2.0 ** (level / 4), tolerance, derivative)
         num_nodes, num_terms, missing = self._known[key]
-        if missing > tolerance:
+        if missing > (self.tolerance or 1e3 * tolerance):
             warnings.warn(
-                f"The series of {self.name} is cut after {num_terms} terms: at variance {largest:.3g} its duals may be off "
-                f"by {missing:.0e} relative, near correlation one. Smaller variances or a smoother activation avoid that.",
+                f"The series of {self.name} is cut after {num_terms} terms: at variance {largest:.3g} its duals may be "
+                f"off by {missing:.0e} relative, near correlation one. Smaller variances or smoother activations help.",
                 NumericalWarning,
                 stacklevel=3,
             )
@@ -474,35 +480,39 @@ class Numerical(Dual):
 
     @torch.no_grad()
     def _is_odd(self) -> bool:
-        """Whether phi - phi(0) is odd. Also the first time that phi is called, so what is wrong with it is told here."""
+        """Whether phi - phi(0) is odd. The first call of phi, so what is wrong with it is told here."""
         x = torch.linspace(0, REACH, 101, dtype=torch.float64)
         values = self.phi(x)
         if not isinstance(values, Tensor) or values.shape != x.shape or not values.isfinite().all():
             raise ValueError(
-                f"{self.name} is no activation: at 101 numbers from 0 to {REACH} it must return 101 finite numbers, one "
-                "for each."
+                f"{self.name} is no activation: at 101 numbers from 0 to {REACH} it must return 101 finite "
+                "numbers, one for each."
             )
         middle = 2 * values[0]
         return bool((values + self.phi(-x) - middle).abs().max() <= 1e-14 * (values - values[0]).abs().max())
 
     @torch.no_grad()
-    def _find_resolution(self, variance: float, tolerance: float) -> tuple[int, int, float]:
+    def _find_resolution(self, variance: float, tolerance: float, derivative: bool) -> tuple[int, int, float]:
         root = torch.tensor([math.sqrt(variance)], dtype=torch.float64)
-        num_terms = self.max_terms
+        order = torch.arange(1, self.max_terms + 1, dtype=torch.float64)
         previous, num_nodes = None, 256
         while True:
-            z, weights, basis = _hermite_rule(num_nodes + 1, num_terms + 1)
-            coefficients = self._coefficients(root, z, basis).flatten()[1:]
-            order = torch.arange(1, num_terms + 1, dtype=torch.float64)
-            energies = order * coefficients.square()  # their sum is E[phi'^2]
-            total = float((slope_of(self.phi, root * z).square() * weights).sum())
-            change = math.inf if previous is None else float((energies - previous).abs().sum()) / max(total, 1e-300)
+            z, weights, basis = _hermite_rule(num_nodes + 1, self.max_terms + 1)
+            energies = self._coefficients(root, z, basis).flatten()[1:].square()
+            if derivative:
+                energies = order * energies  # their sum is E[phi'^2], else Var[phi] / variance
+                total = slope_of(self.phi, root * z).square() @ weights
+            else:
+                values = self.phi(root * z)
+                total = (values - values @ weights).square() @ weights / variance
+            total = max(float(total), 1e-300)
+            change = math.inf if previous is None else float((energies - previous).abs().sum()) / total
             if change <= tolerance / 10 or 2 * num_nodes >= MAX_NODES:
                 break
             previous, num_nodes = energies, 2 * num_nodes
-        tails = (total - energies.cumsum(0)).abs() / max(total, 1e-300)
+        tails = (total - energies.cumsum(0)).abs() / total
         enough = (tails <= tolerance).nonzero()
-        count = int(enough[0]) + 1 if len(enough) else num_terms
+        count = int(enough[0]) + 1 if len(enough) else self.max_terms
         missing = max(float(tails[count - 1]), change if change > tolerance else 0.0)
         return num_nodes + 1, count, missing
 
@@ -536,11 +546,11 @@ class Numerical(Dual):
 
 
 class ProductRule(Dual):
-    """Any activation by a product rule on equally spaced nodes, for every pair anew: slow, and independent of the above.
+    """Any activation by a product rule on equally spaced nodes, for every pair anew: slow, independent of the above.
 
         u = sqrt(a) z1,   v = sqrt(b) (rho z1 + sqrt(1 - rho^2) z2)
 
-    Its error does not grow near correlation one. The first derivatives in a, b and k are right; there are no second ones.
+    Its error does not grow near correlation one. First derivatives in a, b and k are right; there are no second ones.
 
     Args:
         phi: maps a tensor entry by entry, and is differentiable almost everywhere.
@@ -621,6 +631,11 @@ _NUMERICAL = {
 ACTIVATIONS = (*_CLOSED, "leaky_relu", *_NUMERICAL)
 
 
+@functools.cache
+def _numerical(name: str) -> Numerical:
+    return Numerical(_NUMERICAL[name], name=name)
+
+
 def dual(activation: str | Dual | Callable[[Tensor], Tensor]) -> Dual:
     """The integrals of an activation.
 
@@ -641,8 +656,10 @@ def dual(activation: str | Dual | Callable[[Tensor], Tensor]) -> Dual:
         if name in _CLOSED:
             return _CLOSED[name]
         if name in _NUMERICAL:
-            return Numerical(_NUMERICAL[name], name=name)
-        raise ValueError(f"There is no activation {activation!r}; known are {', '.join(ACTIVATIONS)}. Or pass a function.")
+            return _numerical(name)
+        raise ValueError(
+            f"There is no activation {activation!r}; known are {', '.join(ACTIVATIONS)}. Or pass a function."
+        )
     if callable(activation):
         return Numerical(activation)
     raise TypeError(f"An activation is a name, a Dual or a function of a tensor; got {type(activation).__name__}.")

@@ -42,12 +42,10 @@ class NNGPKernel(Kernel):
         input_shape: of one input, such as (channels, height, width); inputs travel flattened.
         weight_variance_prior, bias_variance_prior: GPyTorch priors.
         weight_variance_constraint, bias_variance_constraint: by default positive, and zero or more.
-        dropout: whether masks of dropout layers are drawn, for each input anew, as in train mode: that adds to variances
-            alone. By default they are not, as in eval mode.
+        dropout: whether masks of dropout layers are drawn, for each input anew, as in train mode: that adds to
+            variances alone. By default they are not, as in eval mode.
         progress: True, False, or None for a bar on terminals, in long work only.
         batch_shape: of hyperparameters.
-            The kernel is float64 where the net's parameters or a given variance are, else of torch's default dtype; inputs
-            must have the same, so move it with ``kernel.to(x)``.
         kwargs: of ``gpytorch.kernels.Kernel``, such as ``active_dims``.
 
     Shapes:
@@ -89,7 +87,7 @@ class NNGPKernel(Kernel):
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.get_default_dtype()
         values = [torch.as_tensor(v, dtype=dtype) for v in (weight_variance, bias_variance)]
         if per_layer is None:
-            per_layer = any(v.dim() and v.shape[-1] > 1 for v in values)
+            per_layer = any(v.dim() > len(batch_shape) and v.shape[-1] > 1 for v in values)
         self._register("weight_variance", values[0], per_layer, weight_variance_constraint or positive())
         self._register("bias_variance", values[1], per_layer, bias_variance_constraint or not_negative())
         for name, prior in (("weight_variance", weight_variance_prior), ("bias_variance", bias_variance_prior)):
@@ -134,13 +132,17 @@ class NNGPKernel(Kernel):
         require_finite(value.detach(), name)
         zero_allowed = name == "bias_variance"
         if (value < 0).any() or (not zero_allowed and (value == 0).any()):
-            raise ValueError(f"{name} must be {'zero or more' if zero_allowed else 'positive'}; got {value.min().item():g}.")
-        if 0 < value.dim() <= len(self.batch_shape) and raw.shape[-1] == 1:
+            raise ValueError(
+                f"{name} must be {'zero or more' if zero_allowed else 'positive'}; got {value.min().item():g}."
+            )
+        if 0 < value.dim() <= len(self.batch_shape):
             value = value.unsqueeze(-1)
         try:
             value = value.expand(raw.shape)
         except RuntimeError:
-            count = f"one entry for each of the {raw.shape[-1]} layers with weights" if raw.shape[-1] > 1 else "a number"
+            count = (
+                f"one entry for each of the {raw.shape[-1]} layers with weights" if raw.shape[-1] > 1 else "a number"
+            )
             batch = f"; with batch_shape the shape is {tuple(raw.shape)}" if self.batch_shape else ""
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {count}{batch}.") from None
         constraint = getattr(self, f"raw_{name}_constraint")
@@ -152,14 +154,18 @@ class NNGPKernel(Kernel):
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params) -> Tensor:
         """See ``gpytorch.kernels.Kernel.forward``."""
         if last_dim_is_batch:
-            raise RuntimeError(f"{type(self).__name__} does not accept last_dim_is_batch: a net reads all dimensions at once.")
+            raise RuntimeError(
+                f"{type(self).__name__} does not accept last_dim_is_batch: a net reads all dimensions at once."
+            )
         same = _same_inputs(x1, x2)
         for x in (x1,) if same else (x1, x2):
             self._require_inputs(x)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], self.batch_shape)
         x1 = x1.expand(*batch, *x1.shape[-2:])
         x2 = x1 if same else x2.expand(*batch, *x2.shape[-2:])
-        w, b = (v.expand(*batch, v.shape[-1]) if self.batch_shape else v for v in (self.weight_variance, self.bias_variance))
+        w, b = (
+            v.expand(*batch, v.shape[-1]) if self.batch_shape else v for v in (self.weight_variance, self.bias_variance)
+        )
         options = {"input_shape": self.input_shape, "ntk": self._ntk, "dropout": self.dropout}
         if diag and same:
             return variances(self.program, x1, w, b, **options)
@@ -173,8 +179,8 @@ class NNGPKernel(Kernel):
         raw = self.raw_weight_variance
         if x.dtype != raw.dtype or x.device != raw.device:
             raise ValueError(
-                f"Inputs are {x.dtype} on {x.device}, but the kernel is {raw.dtype} on {raw.device}. Convert one of them, e.g. "
-                f"kernel.to(x)."
+                f"Inputs are {x.dtype} on {x.device}, but the kernel is {raw.dtype} on {raw.device}. Convert one of "
+                "them, e.g. kernel.to(x)."
             )
         require_finite(x.detach(), "x", "Remove or impute these rows first.")
         size = None if self.input_shape is None else torch.Size(self.input_shape).numel()
@@ -195,7 +201,7 @@ class NTKKernel(NNGPKernel):
         net, weight_variance, bias_variance, options: see :class:`NNGPKernel`. Parameters of the net that require no
             gradient count as fixed.
         parameterization: "ntk" (weights N(0, 1), scaled by sigma_w / sqrt(fan_in) where they are used) or "standard"
-            (weights N(0, sigma_w^2 / fan_in) as they are, as torch has them; this NTK grows with the widths of ``net``).
+            (weights N(0, sigma_w^2 / fan_in) as they are, as torch has them; this NTK grows with the net's widths).
     """
 
     def __init__(
@@ -214,7 +220,7 @@ class NTKKernel(NNGPKernel):
 
     @property
     def parameterization(self) -> str:
-        """ "ntk" or "standard"."""
+        """What the weights carry: "ntk" or "standard"."""
         return self._ntk
 
 

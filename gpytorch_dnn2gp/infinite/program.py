@@ -1,8 +1,8 @@
 """From an ``nn.Module`` to a program of layers, and from a program and inputs to a covariance matrix.
 
-:func:`program_of` traces the module with ``torch.fx`` and finds a rule for each step. :func:`covariance` runs the program
-twice (see state.py): each input with itself, then tiles of all pairs, so small that a tile stays in the processor's cache
-from the first layer to the last.
+:func:`program_of` traces the module with ``torch.fx`` and finds a rule for each step. :func:`covariance` runs the
+program twice (see state.py): each input with itself, then tiles of all pairs, so small that a tile stays in the
+processor's cache from the first layer to the last.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import tiling
-from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Layer, Pointwise, Weighted
+from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Layer, Weighted
 from .state import Across, Features, Run, State, Within
 
 TILE = 2**17  # entries of one tile: some of them together stay in the processor's cache
 
 HOW_TO_ADD = (
-    "A rule of your own takes a few lines: @infinite.rule({kind}), then a function of the {what} that returns a function of "
-    "the state; see infinite.rules."
+    "A rule of your own takes a few lines: @infinite.rule({kind}), then a function of the {what} that returns a "
+    "function of the state; see infinite.rules."
 )
 
 
@@ -139,7 +139,9 @@ def program_of(net: nn.Module) -> Program:
         ValueError: for a net whose outputs are no Gaussian process, or with shared weights, or that cannot be traced.
     """
     if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be an nn.Module, or made by fully_connected or convolutional; got {type(net).__name__}.")
+        raise TypeError(
+            f"net must be an nn.Module, or made by fully_connected or convolutional; got {type(net).__name__}."
+        )
     tracer = _Tracer()
     if _lookup(MODULE_RULES, net) or _lookup(NO_RULE, net):
         net = nn.Sequential(net)
@@ -147,8 +149,8 @@ def program_of(net: nn.Module) -> Program:
         graph = tracer.trace(net)
     except Exception as error:
         raise ValueError(
-            f"{type(net).__name__} cannot be traced by torch.fx: {error} Its forward may not branch on values or shapes of "
-            "its input; give the part that does a rule of its own, @infinite.rule(ThatModule)."
+            f"{type(net).__name__} cannot be traced by torch.fx: {error} Its forward may not branch on values or "
+            "shapes of its input; give the part that does a rule of its own, @infinite.rule(ThatModule)."
         ) from error
     modules = dict(net.named_modules())
     names: dict[fx.Node, object] = {}
@@ -166,13 +168,15 @@ def program_of(net: nn.Module) -> Program:
         elif node.op == "output":
             result = node.args[0]
             if not isinstance(result, fx.Node):
-                raise ValueError(f"{type(net).__name__} returns a {type(result).__name__}; the rules are for one tensor.")
+                raise ValueError(
+                    f"{type(net).__name__} returns a {type(result).__name__}; the rules are for one tensor."
+                )
             if not steps or names[result] != steps[-1].name:
                 steps = _upto(steps, names[result])
         elif node.op == "get_attr":
             raise NotImplementedError(
-                f"The net uses its tensor {node.target!r} directly, for which there is no rule. Put it into a module of its "
-                "own, and " + HOW_TO_ADD.format(kind="ThatModule", what="module")
+                f"The net uses its tensor {node.target!r} directly, for which there is no rule. Put it into a module "
+                "of its own, and " + HOW_TO_ADD.format(kind="ThatModule", what="module")
             )
         elif _is_batch_size(node, names):
             names[node] = _BATCH
@@ -188,7 +192,9 @@ def program_of(net: nn.Module) -> Program:
                 layer, inputs, exact = _function_layer(node, names, place)
             unknown = [a for a in inputs if not isinstance(a, fx.Node) or not isinstance(names.get(a), str)]
             if unknown or (node.op == "call_module" and (node.kwargs or len(inputs) != 1)):
-                raise NotImplementedError(f"{place} is called with other arguments than one tensor; there is no rule for that.")
+                raise NotImplementedError(
+                    f"{place} is called with other arguments than one tensor; there is no rule for that."
+                )
             index = None
             if isinstance(layer, Weighted):
                 index, num_weighted, exact = num_weighted, num_weighted + 1, None
@@ -228,8 +234,8 @@ def _require_unshared(module: nn.Module, name: str, owners: dict[int, str]) -> N
         if owner != name or (name, "seen") in owners:
             where = f"{owner!r} and {name!r}" if owner != name else f"{name!r}, which is called twice"
             raise ValueError(
-                f"Weights are shared by {where}. Then branches are not independent, and the rules, each for fresh weights, do "
-                "not hold. Give each place a module of its own."
+                f"Weights are shared by {where}. Then branches are not independent, and the rules, each for fresh "
+                "weights, do not hold. Give each place a module of its own."
             )
     if next(module.parameters(), None) is not None:
         owners[(name, "seen")] = name
@@ -258,17 +264,25 @@ def _function_layer(node: fx.Node, names: dict, place: str) -> tuple[Layer, list
             f"{place} has no rule at infinite width. "
             + HOW_TO_ADD.format(kind=_name_of(node.target), what="other arguments of the call")
         )
-    tensors = [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node) and isinstance(names.get(a), str)]
+    tensors = [
+        a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node) and isinstance(names.get(a), str)
+    ]
 
     def is_tensor(a: object) -> bool:
         return isinstance(a, fx.Node) and a in tensors
 
     others = [names.get(a, a) if isinstance(a, fx.Node) else a for a in node.args if not is_tensor(a)]
-    options = {key: names.get(a, a) if isinstance(a, fx.Node) else a for key, a in node.kwargs.items() if not is_tensor(a)}
+    options = {
+        key: names.get(a, a) if isinstance(a, fx.Node) else a for key, a in node.kwargs.items() if not is_tensor(a)
+    }
     if len(tensors) > 1 and make is not FUNCTION_RULES[operator.add]:
-        raise NotImplementedError(f"{place} combines {len(tensors)} branches, for which there is no rule; sums have one.")
+        raise NotImplementedError(
+            f"{place} combines {len(tensors)} branches, for which there is no rule; sums have one."
+        )
     if len(tensors) == 1 and make is FUNCTION_RULES[operator.add] and not others:
-        raise NotImplementedError(f"{place} adds a branch to itself, for which there is no rule; multiply by 2 instead.")
+        raise NotImplementedError(
+            f"{place} adds a branch to itself, for which there is no rule; multiply by 2 instead."
+        )
     try:
         layer = make(*others, **options)
     except (ValueError, TypeError) as error:
@@ -350,12 +364,17 @@ def covariance(
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
     if recorded:
-        return _assembled([_tile_again(tile, *at, len(tiles)) for at in bar], tiles, n1, n2, diagonal if symmetric else None)
+        return _assembled(
+            [_tile_again(tile, *at, len(tiles)) for at in bar], tiles, n1, n2, diagonal if symmetric else None
+        )
     out = x.new_empty(*batch, n1, n2)
     for rows, columns in bar:
         block = tile(rows, columns)
+        if symmetric and columns.start == rows.start:  # the two halves of its square differ by rounding
+            square = block[..., : rows.stop - rows.start]
+            square.copy_(square.triu() + square.triu(1).mT)
         out[..., rows, columns] = block
-        if symmetric and columns.start >= rows.stop:
+        if symmetric:
             out[..., columns, rows] = block.mT
     if symmetric:
         out.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
@@ -419,8 +438,8 @@ def _kernel_of(out: State | Features, ntk: str | None) -> Tensor:
     if out.positions:
         if out.k[0, 0].numel() != 1 or any(size != 1 for size in out.positions):
             raise ValueError(
-                f"The net's output has positions {out.positions}, each with a covariance of its own. End it with pooling, or "
-                "Flatten, and a linear readout."
+                f"The net's output has positions {out.positions}, each with a covariance of its own. End it with "
+                "pooling, or Flatten, and a linear readout."
             )
     k = out.k if ntk is None else out.t
     return k.flatten(k.dim() - len(out.positions)).squeeze(-1) if out.positions else k

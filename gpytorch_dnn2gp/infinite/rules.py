@@ -1,6 +1,6 @@
 """Rules: what each layer of torch is at infinite width.
 
-A rule takes a module (or the arguments of a function call) and returns a layer: a function of :class:`~.state.State`, or a
+A rule takes a module (or the arguments of a function call) and returns a layer: a function of :class:`State`, or a
 :class:`Weighted` one. A rule of your own takes a few lines:
 
     @infinite.rule(MyScale)
@@ -18,7 +18,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +100,13 @@ class Linear(Weighted):
     def mean_product(self, features: Features) -> State:
         *positions, d = features.shape
         if self.fan_in not in (None, d):
-            raise ValueError(f"it takes {self.fan_in} features, but the inputs have {d}; their shape is {features.shape}.")
+            raise ValueError(
+                f"it takes {self.fan_in} features, but the inputs have {d}; their shape is {features.shape}."
+            )
         full = features.run.full and bool(positions)
-        x1, x2 = (x.flatten(-1 - len(positions), -2) if positions else x.unsqueeze(-2) for x in (features.x1, features.x2))
+        x1, x2 = (
+            x.flatten(-1 - len(positions), -2) if positions else x.unsqueeze(-2) for x in (features.x1, features.x2)
+        )
         return State(products(x1 / d, x2, tuple(positions), full), None, features.run, tuple(positions), full)
 
     def mean(self, state: State) -> State:
@@ -110,13 +114,15 @@ class Linear(Weighted):
         if state.flattened:
             return state.linear(lambda k: k.flatten(-m).mean(-1), positions=(), flattened=False, channels_last=True)
         if m and not state.channels_last:
-            raise ValueError("it acts on the last axis, which is a position, not the channels. Flatten or pool before it.")
+            raise ValueError(
+                "it acts on the last axis, which is a position, not the channels. Flatten or pool before it."
+            )
         return state
 
 
 @dataclass(frozen=True)
 class Convolution(Weighted):
-    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: mean over the offsets of the filter; zeros outside, divisor unchanged."""
+    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: mean over the filter's offsets; zeros outside, same divisor."""
 
     channels: int | None
     kernel: tuple[int, ...]
@@ -138,8 +144,8 @@ class Convolution(Weighted):
         if len(sizes) != len(self.kernel) or self.channels not in (None, channels):
             expected = (self.channels or "channels", *["size"] * len(self.kernel))
             raise ValueError(
-                f"it takes inputs of shape ({', '.join(map(str, expected))}), but they have the shape {features.shape}. "
-                "Tell it by input_shape=(channels, height, width)."
+                f"it takes inputs of shape ({', '.join(map(str, expected))}), but they have the shape "
+                f"{features.shape}. Tell it by input_shape=(channels, height, width)."
             )
         out = self._sizes(sizes)
         x1 = self._patches(features.x1)
@@ -150,7 +156,9 @@ class Convolution(Weighted):
 
     def mean(self, state: State) -> State:
         if state.channels_last or state.flattened or state.num_position_axes != len(self.kernel):
-            raise ValueError(f"it takes images of {len(self.kernel)} axes, channels first; its input is {_layout(state)}.")
+            raise ValueError(
+                f"it takes images of {len(self.kernel)} axes, channels first; its input is {_layout(state)}."
+            )
         return state.linear(functools.partial(self._mean, state.full), positions=self._sizes(state.positions))
 
     def _mean(self, full: bool, k: Tensor) -> Tensor:
@@ -282,7 +290,9 @@ class Pool:
 
     def __call__(self, state: State) -> State:
         if state.flattened or state.channels_last or state.num_position_axes != len(self.windows):
-            raise ValueError(f"it takes images of {len(self.windows)} axes, channels first; its input is {_layout(state)}.")
+            raise ValueError(
+                f"it takes images of {len(self.windows)} axes, channels first; its input is {_layout(state)}."
+            )
         like = state.k.new_zeros(())
         eyes = [torch.eye(size, dtype=torch.float64)[None] for size in state.positions]
         matrices = [window(eye)[0].mT.to(like) for window, eye in zip(self.windows, eyes)]
@@ -327,7 +337,9 @@ class Mean:
             )
         kept = (1,) * m if self.keepdim else ()
         shape = (*kept, *kept)
-        return state.linear(lambda k: k.flatten(-2 * m).mean(-1).view(*k.shape[: k.dim() - 2 * m], *shape), positions=kept)
+        return state.linear(
+            lambda k: k.flatten(-2 * m).mean(-1).view(*k.shape[: k.dim() - 2 * m], *shape), positions=kept
+        )
 
 
 @dataclass(frozen=True)
@@ -381,7 +393,9 @@ class Norm:
 
     def __call__(self, state: State) -> State:
         if self.centred and not state.gaussian:
-            raise ValueError("it acts on the output of an activation, whose mean is not zero. Put it after a layer with weights.")
+            raise ValueError(
+                "it acts on the output of an activation, whose mean is not zero. Put it after a layer with weights."
+            )
         m = state.num_position_axes
         over = m if self.positions is None or state.flattened else self.positions
         if over not in (0, m) or (over == 0 and m and not state.channels_last):
@@ -429,8 +443,8 @@ class Add:
             return replace(states[0], x1=x1, x2=x2)
         if any(isinstance(state, Features) for state in states):
             raise ValueError(
-                "it adds the inputs themselves to a branch with weights: the inputs are not random, so the sum is a Gaussian "
-                "with a mean. Pass them through a layer with weights."
+                "it adds the inputs themselves to a branch with weights: the inputs are not random, so the sum is a "
+                "Gaussian with a mean. Pass them through a layer with weights."
             )
         states = tuple(state if state.run.full else state.diagonal() for state in states)
         first = states[0]
@@ -439,8 +453,8 @@ class Add:
         sources = frozenset().union(*(s.sources for s in states))
         if len(sources) < sum(len(s.sources) for s in states) or sum(not s.gaussian for s in states) > 1:
             raise ValueError(
-                "its branches are not independent, or more than one ends in an activation: then covariances do not add. Let "
-                "all branches but one end in a layer with weights of its own."
+                "its branches are not independent, or more than one ends in an activation: then covariances do not "
+                "add. Let all branches but one end in a layer with weights of its own."
             )
         return replace(
             first,
@@ -640,7 +654,7 @@ def _(pad: Sequence[int], mode: str = "constant", value: float | None = None) ->
 
 
 def _amounts(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """torch's order, last axis first, by pairs -> one pair for each axis in order."""
+    """Torch's order, last axis first, by pairs -> one pair for each axis in order."""
     return tuple(zip(padding[::2], padding[1::2]))[::-1]
 
 
@@ -699,14 +713,17 @@ def _() -> Scale:
     return Scale(-1.0)
 
 
+_ATTENTION = "softmax attention with logits scaled by 1/sqrt(d) has no closed form at infinite width"
+_MAXIMUM = "the maximum of correlated Gaussians has no closed form; average pooling has one"
 for _kind, _why in {
-    nn.MultiheadAttention: "softmax attention with logits scaled by 1/sqrt(d) has no closed form at infinite width",
-    nn.TransformerEncoderLayer: "softmax attention with logits scaled by 1/sqrt(d) has no closed form at infinite width",
-    nn.TransformerDecoderLayer: "softmax attention with logits scaled by 1/sqrt(d) has no closed form at infinite width",
+    nn.MultiheadAttention: _ATTENTION,
+    nn.TransformerEncoderLayer: _ATTENTION,
+    nn.TransformerDecoderLayer: _ATTENTION,
+    nn.Transformer: _ATTENTION,
     nn.modules.batchnorm._BatchNorm: "batch normalisation makes a covariance of whole batches, not of two inputs",
     nn.modules.instancenorm._InstanceNorm: "its statistics, of one channel each, stay random at infinite width",
-    nn.modules.pooling._MaxPoolNd: "the maximum of correlated Gaussians has no closed form; average pooling has one",
-    nn.modules.pooling._AdaptiveMaxPoolNd: "the maximum of correlated Gaussians has no closed form; average pooling has one",
+    nn.modules.pooling._MaxPoolNd: _MAXIMUM,
+    nn.modules.pooling._AdaptiveMaxPoolNd: _MAXIMUM,
     nn.Softmax: "a softmax over channels is no activation of single units",
     nn.Embedding: "it takes tokens; pass vectors instead",
 }.items():

@@ -11,12 +11,13 @@ differentiate; :meth:`State.weighted` adds the weights.
 Shapes: ``(*B, n1, n2, *S)``; S are positions (of an image, a sequence), none for vectors. Where a later layer mixes
 positions, the state is ``full``: ``(*B, n1, n2, *S, *S)``, all pairs of positions.
 
-Every net is run twice: :class:`Within`, each input paired with itself, which yields the variances, then :class:`Across`,
-for tiles of all pairs, which reads them.
+Every net is run twice: :class:`Within`, each input paired with itself, which yields the variances, then
+:class:`Across`, for tiles of all pairs, which reads them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -97,17 +98,17 @@ class State:
         """K <- V(K), T <- V'(K) T: an activation of a Gaussian."""
         if not self.gaussian:
             raise ValueError(
-                "it acts on what is not Gaussian, such as the output of another activation, so there is no closed form. "
-                "Put a layer with weights between, or make one activation of both (integrals.Numerical)."
+                "it acts on what is not Gaussian, such as the output of another activation, so there is no closed "
+                "form. Put a layer with weights between, or make one activation of both (integrals.Numerical)."
             )
-        t = None
+        t, prepare = None, functools.partial(dual.points, derivative=self.t is not None)
         if self.run.within and not self.full:
-            variance = self.run.record(self, dual.points)
+            variance = self.run.record(self, prepare)
             k = dual.variance(variance).view_as(self.k)
             if self.t is not None:
                 t = dual.variance_of_derivative(variance).view_as(self.t) * self.t
             return replace(self, k=k, t=t, gaussian=False)
-        p, q = self.run.sides(self, dual.points)
+        p, q = self.run.sides(self, prepare)
         if self.t is None:
             k = dual.value(p, q, self.k)
         else:
@@ -171,8 +172,10 @@ class State:
         m = self.num_position_axes
         flat = k.flatten(-2 * m, -m - 1).flatten(-m)
         diagonal = diagonal.reshape(flat.shape[:-1])
-        return flat.diagonal_scatter(diagonal, dim1=-2, dim2=-1).unflatten(-1, self.positions).unflatten(
-            -m - 1, self.positions
+        return (
+            flat.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+            .unflatten(-1, self.positions)
+            .unflatten(-m - 1, self.positions)
         )
 
 
@@ -258,7 +261,11 @@ def _spread(points: list[Tensor], state: State, side: int) -> Points:
         p = p.unsqueeze(-m - side)
         if state.full:
             ones = [1] * m
-            p = p.view(*p.shape, *ones) if side == 1 else p.view(*p.shape[: p.dim() - m], *ones, *p.shape[p.dim() - m :])
+            p = (
+                p.view(*p.shape, *ones)
+                if side == 1
+                else p.view(*p.shape[: p.dim() - m], *ones, *p.shape[p.dim() - m :])
+            )
         spread.append(p)
     return tuple(spread)
 
