@@ -20,11 +20,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import tiling
+from .exact_operations import ExactOperations
 
 # What torch raises where an operator has no vmap or forward-mode rule (fused RNNs, data-dependent control flow, ...).
-_UNSUPPORTED = (RuntimeError, NotImplementedError, ValueError)
+UNSUPPORTED = (RuntimeError, NotImplementedError, ValueError)
 
 
 class NetFunction:
@@ -45,7 +47,17 @@ class NetFunction:
         self.activation_size: int | None = None  # numbers stored by one forward pass of one example
         self._has_rnn = any(isinstance(module, nn.RNNBase) for module in net.modules())
         self._vmap_works: bool | None = None
+        self._vmap_differentiates: bool | None = None
         self._forward_mode_works: bool | None = None
+        self.capture_by_vmap: bool | None = None  # as the two above, for gram/capture.py
+        self.covered: dict[torch.Size, dict[str, list[str]]] = {}  # and for gram/coverage.py
+
+    def restricted(self, names: list[str]) -> NetFunction:
+        """The same net as a function of some of these parameters."""
+        other = NetFunction(self.net, names)
+        other.num_outputs, other.activation_size = self.num_outputs, self.activation_size
+        other._vmap_works = self._vmap_works
+        return other
 
     @property
     def num_weights(self) -> int:
@@ -77,6 +89,10 @@ class NetFunction:
             name: piece.reshape(*vector.shape[:-1], *shape)
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
+
+    def sizes_by_name(self) -> dict[str, int]:
+        """Number of weights in each parameter tensor."""
+        return dict(zip(self.names, self.sizes, strict=True))
 
     def slices(self) -> list[slice]:
         """Where each parameter tensor lies in the weight vector."""
@@ -116,9 +132,9 @@ class NetFunction:
             return torch.zeros(0, self.num_outputs, dtype=self.dtype, device=x.device)
         if x.requires_grad and torch.is_grad_enabled():
             return self(self.weight_dict(), x)
-        self._measure(x)
+        self.measure(x)
         weights = self.weight_dict()
-        with torch.no_grad(), self._differentiable_kernels():
+        with torch.no_grad(), self.differentiable_kernels():
             return torch.cat([self(weights, x[part]) for part in self._chunks(x, self.activation_size)])
 
     # ---- Jacobians
@@ -137,12 +153,12 @@ class NetFunction:
 
     def num_rows(self, x: Tensor, cotangents: Tensor | None = None) -> int:
         """Rows per example: K, or the m of the cotangents."""
-        self._measure(x)
+        self.measure(x)
         return self.num_outputs if cotangents is None else cotangents.shape[-2]
 
     def jacobian_chunks(self, x: Tensor, num_rows: int) -> list[slice]:
         """Slices of the examples whose Jacobians fit the budget of one chunk."""
-        self._measure(x)
+        self.measure(x)
         return self._chunks(x, num_rows * (2 * self.num_weights + 2 * self.activation_size))
 
     def jacobian_rows(self, x: Tensor, cotangents: Tensor | None, part: slice) -> Tensor:
@@ -150,19 +166,65 @@ class NetFunction:
         x, cotangents = x[part], None if cotangents is None else cotangents[part]
         if len(x) == 0:
             return torch.zeros(0, self.num_rows(x, cotangents), self.num_weights, dtype=self.dtype, device=x.device)
-        if self._vmap_works is False:
-            return self._jacobian_loop(x, cotangents)
+        if self._vmap_works is False or not self.vmap_differentiates(x):
+            return self.jacobian_loop(x, cotangents)
         try:
-            with self._differentiable_kernels():
+            with self.differentiable_kernels():
                 rows = self._jacobian_vmap(x, cotangents)
-            self._vmap_works = True
-            return rows
-        except _UNSUPPORTED:
+            if self._vmap_works is None:
+                self._vmap_works = self._agrees_with_plain_autograd(rows, x, cotangents)
+            if self._vmap_works:
+                return rows
+        except UNSUPPORTED:
             if self._vmap_works:
                 raise
-            rows = self._jacobian_loop(x, cotangents)  # raises by itself if the net is at fault
-            self._vmap_works = False
-            return rows
+        rows = self.jacobian_loop(x, cotangents)  # raises by itself if the net is at fault
+        self._vmap_works = False
+        return rows
+
+    def vmap_differentiates(self, x: Tensor) -> bool:
+        """Whether first and second derivatives in x of vmap's Jacobians are those of plain autograd; checked once."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or not (x.requires_grad and torch.is_grad_enabled()):
+            return True
+        if self._vmap_differentiates is None:
+            x = x[:2].detach().clone().requires_grad_()
+            made_up = torch.arange(1.0, 1 + x.numel() + self.num_weights, dtype=self.dtype, device=x.device).cos()
+            direction, u = made_up[: x.numel()].reshape(x.shape), made_up[x.numel() :]
+            angles = torch.arange(1.0, 1 + 2 * len(x) * self.num_outputs, dtype=self.dtype, device=x.device)
+            cotangents = angles.cos().reshape(len(x), 2, self.num_outputs)
+            found = []
+            for jacobian in (self._jacobian_vmap, self.jacobian_loop):
+                with self.differentiable_kernels():
+                    try:
+                        value = (jacobian(x, cotangents) @ u).sum()
+                        options = {"create_graph": True, "materialize_grads": True}
+                        (first,) = torch.autograd.grad(value, x, **options)
+                        (second,) = torch.autograd.grad((first * direction).sum() + 0 * x.sum(), x, **options)
+                    except UNSUPPORTED:  # second derivatives that torch has not
+                        return True
+                    found += [first.detach(), second.detach()]
+            self._vmap_differentiates = all(
+                bool((a - b).abs().max() <= 10 * torch.finfo(self.dtype).eps ** 0.5 * b.abs().max() + 1e-30)
+                for a, b in zip(found[:2], found[2:], strict=True)
+            )
+        return self._vmap_differentiates
+
+    @torch.no_grad()
+    def _agrees_with_plain_autograd(self, rows: Tensor, x: Tensor, cotangents: Tensor | None) -> bool:
+        """Whether ``vmap`` gave what one backward pass gives: torch's batching rules have had errors."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(rows):  # inside the user's own vmap: at another time
+            return True
+        for i in {0, len(x) - 1}:
+            f_i, leaves = self._with_graph(x[i : i + 1].detach())
+            if not f_i.requires_grad:  # no selected weight takes part
+                return not rows[i].any()
+            v = torch.cos(torch.arange(1.0, 1 + rows.shape[1], dtype=self.dtype, device=x.device))
+            c = v if cotangents is None else v @ cotangents[i].detach()
+            expected = self._pull_back(f_i, leaves, c[None], x)
+            error = (v @ rows[i].detach() - expected).abs().max()
+            if not error <= 10 * torch.finfo(self.dtype).eps ** 0.5 * expected.abs().max():
+                return False
+        return True
 
     def _jacobian_vmap(self, x: Tensor, cotangents: Tensor | None) -> Tensor:
         weights = self.weight_dict()
@@ -177,7 +239,7 @@ class NetFunction:
             return vmap(lambda x_i: example(x_i, None))(x)
         return vmap(example)(x, cotangents)
 
-    def _jacobian_loop(self, x: Tensor, cotangents: Tensor | None) -> Tensor:
+    def jacobian_loop(self, x: Tensor, cotangents: Tensor | None) -> Tensor:
         """The same, one backward pass at a time: for layers that vmap cannot batch."""
         rows = []
         for i in range(len(x)):
@@ -190,7 +252,7 @@ class NetFunction:
 
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
         """``sum_i J_i^T v_i``, ``(..., P)``, for cotangents ``v`` ``(..., n, K)``: one backward pass each."""
-        self._measure(x)
+        self.measure(x)
         batch = v.shape[:-2]
         v = v.reshape(-1, *v.shape[-2:])
         total = 0
@@ -201,7 +263,7 @@ class NetFunction:
 
     def jvp(self, x: Tensor, u: Tensor) -> Tensor:
         """``J_i u``, ``(..., n, K)``, for directions ``u`` ``(..., P)``: one forward-mode pass each."""
-        self._measure(x)
+        self.measure(x)
         batch = u.shape[:-1]
         u = u.reshape(-1, self.num_weights)
         blocks = [self._jvp_chunk(x[part], u) for part in self._chunks(x, 2 * self.activation_size * len(u))]
@@ -211,13 +273,13 @@ class NetFunction:
     def _jvp_chunk(self, x: Tensor, u: Tensor) -> Tensor:
         if self._forward_mode_works is not False:
             try:
-                with self._differentiable_kernels():
+                with self.differentiable_kernels():
                     out = self._jvp_forward_mode(x, u)
                 if self._forward_mode_works is None:
                     self._forward_mode_works = self._agrees_with_reverse_mode(x)
                 if self._forward_mode_works:
                     return out
-            except _UNSUPPORTED:
+            except UNSUPPORTED:
                 if self._forward_mode_works:
                     raise
                 self._forward_mode_works = False
@@ -250,7 +312,7 @@ class NetFunction:
     def _with_graph(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Outputs with a graph to fresh leaves that hold the selected weights; the net's own stay untouched."""
         leaves = {name: weight.clone().requires_grad_() for name, weight in self.weight_dict().items()}
-        with torch.enable_grad(), self._differentiable_kernels():
+        with torch.enable_grad(), self.differentiable_kernels():
             return self(leaves, x), list(leaves.values())
 
     def _pull_back(self, f: Tensor, leaves: list[Tensor], cotangent: Tensor, x: Tensor) -> Tensor:
@@ -267,7 +329,7 @@ class NetFunction:
             return [slice(0, 0)]
         return tiling.chunks(len(x), tiling.chunk_length(elements_per_example, self.dtype, x.device))
 
-    def _measure(self, x: Tensor) -> None:
+    def measure(self, x: Tensor) -> None:
         """Count what one example leaves in memory on its way through the net, once, for the chunk lengths."""
         if self.activation_size is not None or len(x) == 0:
             return
@@ -280,7 +342,7 @@ class NetFunction:
         leaves = [module for module in self.net.modules() if not any(module.children())]
         handles = [module.register_forward_hook(count) for module in leaves]
         try:
-            with torch.no_grad(), self._differentiable_kernels():
+            with torch.no_grad(), self.differentiable_kernels():
                 f = self(self.weight_dict(), x[:1].detach())
         finally:
             for handle in handles:
@@ -288,14 +350,14 @@ class NetFunction:
         self.activation_size, self.num_outputs = sum(counts), f.shape[-1]
 
     @contextlib.contextmanager
-    def _differentiable_kernels(self) -> Iterator[None]:
+    def differentiable_kernels(self) -> Iterator[None]:
         """Fused inference kernels have no derivatives: use the ordinary ones here, then restore the settings."""
         fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
         torch.backends.mha.set_fastpath_enabled(False)
         if self._has_rnn:  # cuDNN differentiates recurrent layers in training mode only
             torch.backends.cudnn.enabled = False
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), ExactOperations():
                 warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
                 yield
         finally:

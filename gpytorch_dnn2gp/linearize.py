@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -136,24 +137,120 @@ class Linearization(nn.Module):
         return rows.rmatmul(v.reshape(rows.num_examples, -1))
 
     @in_plain_mode
-    def gram(self, x1: Tensor, x2: Tensor | None = None, prior_variance: Tensor | None = None) -> Tensor:
+    def gram(
+        self,
+        x1: Tensor,
+        x2: Tensor | None = None,
+        prior_variance: Tensor | None = None,
+        *,
+        cotangents1: Tensor | None = None,
+        cotangents2: Tensor | None = None,
+        file: str | os.PathLike | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
         """``J(x1) S0 J(x2)^T``, ``(..., n1 K, n2 K)``, examples first, outputs fastest; S0 = diag(prior_variance) or I.
+
+        Layer by layer, without Jacobians (see the package ``gram``).
+
+        Args:
+            x1, x2: inputs; ``x2=None`` means ``x1``.
+            prior_variance: ``(P,)``.
+            cotangents1, cotangents2: rows ``C_i J_i`` in place of ``J_i``, ``(n, m, K)``, for inputs without batch
+                dimensions: with residuals, m = 1, the empirical Fisher's ``n x n`` kernel. Those of x1 serve both sides
+                where ``x2=None``.
+            file: a ``.npy`` file for the matrix, where it is larger than memory: written tile by tile, resumed by the
+                next call if it is interrupted, returned as a tensor that reads from the file.
+            progress: True, False, or None for a bar on terminals only.
 
         Raises:
             MemoryError: if it does not fit; names its size.
+            FileExistsError: ``file`` exists.
         """
-        rows1 = self.rows(x1)
-        rows2 = None if x2 is None else self.rows(x2)
-        if len(rows1.batch_shape) == 1 and (rows2 is None or len(rows2.batch_shape) == 1):
-            return _gram.gram(self.function, rows1.x, None if rows2 is None else rows2.x, prior_variance=prior_variance)
-        a = rows1.batched_features(prior_variance)
-        return a @ (a if rows2 is None else rows2.batched_features(prior_variance)).mT
+        return self._gram(x1, x2, prior_variance, cotangents1, cotangents2, file, progress)
+
+    @in_plain_mode
+    def trace_gram(
+        self,
+        x1: Tensor,
+        x2: Tensor | None = None,
+        prior_variance: Tensor | None = None,
+        *,
+        file: str | os.PathLike | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """``sum_k J_k(x1) S0 J_k(x2)^T``, ``(..., n1, n2)``: the trace of each ``K x K`` block (paper, Figure 4).
+
+        At a K-th of the time and a K^2-th of the memory of :meth:`gram`, whose arguments it takes.
+        """
+        return self._gram(x1, x2, prior_variance, None, None, file, progress, trace=True)
+
+    def _gram(
+        self,
+        x1: Tensor,
+        x2: Tensor | None,
+        prior_variance: Tensor | None,
+        cotangents1: Tensor | None,
+        cotangents2: Tensor | None,
+        file: str | os.PathLike | None,
+        progress: bool | None,
+        trace: bool = False,
+    ) -> Tensor:
+        self._require_variance(prior_variance)
+        rows1 = self.rows(x1, self._checked_cotangents(cotangents1, x1, "cotangents1"))
+        rows2 = None if x2 is None else self.rows(x2, self._checked_cotangents(cotangents2, x2, "cotangents2"))
+        if x2 is None and cotangents2 is not None:
+            raise ValueError("cotangents2 belong to x2: without it those of x1 serve both sides.")
+        shapes = [rows.batch_shape for rows in (rows1, rows2) if rows is not None]
+        left, right = rows1.side, None if rows2 is None else rows2.side
+        options = {"prior_variance": prior_variance, "trace": trace}
+        if any(len(shape) > 1 for shape in shapes):
+            if file is not None:
+                raise ValueError("A file holds one matrix: give inputs without batch dimensions.")
+            return _gram.batched_gram(self.function, left, right, shapes[0], shapes[-1], **options)
+        return _gram.gram(self.function, left, right, file=file, progress=progress, **options)
+
+    def _require_variance(self, prior_variance: Tensor | None) -> None:
+        if prior_variance is not None and prior_variance.shape != (self.num_weights,):
+            raise ValueError(
+                f"prior_variance has shape {tuple(prior_variance.shape)}; the net has {self.num_weights} selected "
+                "weights."
+            )
+
+    def _checked_cotangents(self, cotangents: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+        if cotangents is None:
+            return None
+        self(x[..., :1, :] if x.dim() > 1 else x[:1])  # now the number of outputs is known
+        if cotangents.dim() != 3 or len(cotangents) != len(x) or cotangents.shape[-1] != self.num_outputs:
+            raise ValueError(
+                f"{name} has shape {tuple(cotangents.shape)}; {len(x)} examples without batch dimensions and "
+                f"{self.num_outputs} outputs want ({len(x)}, m, {self.num_outputs})."
+            )
+        require_finite(cotangents, name, "They are what the rows of J are multiplied by.")
+        return cotangents
 
     @in_plain_mode
     def gram_blocks(self, x: Tensor, prior_variance: Tensor | None = None) -> Tensor:
-        """The ``K x K`` blocks ``J(x_i) S0 J(x_i)^T``, ``(..., n, K, K)``."""
+        """The ``K x K`` blocks ``J(x_i) S0 J(x_i)^T``, ``(..., n, K, K)``, at the cost of n examples."""
+        self._require_variance(prior_variance)
         rows = self.rows(x)
-        return _gram.gram_blocks(self.function, rows.x, prior_variance).unflatten(0, rows.batch_shape)
+        return _gram.gram_blocks(self.function, rows.side, prior_variance).unflatten(0, rows.batch_shape)
+
+    @in_plain_mode
+    def gram_diagonal(self, x: Tensor, prior_variance: Tensor | None = None) -> Tensor:
+        """The diagonal of the Gram matrix, ``(..., n, K)``: the prior variances of the outputs."""
+        self._require_variance(prior_variance)
+        rows = self.rows(x)
+        return _gram.gram_diagonal(self.function, rows.side, prior_variance).unflatten(0, rows.batch_shape)
+
+    @in_plain_mode
+    def sum_of_squares(self, x: Tensor, cotangents: Tensor | None = None, progress: bool | None = None) -> Tensor:
+        """``sum_i sum_j (C_i J_i)_j^2``, ``(P,)``, for C ``(n, m, K)``: ``diag(J^T Lambda J)`` for ``C_i = R_i^T``.
+
+        R is the root of the loss's noise precision, ``Lambda = R R^T``; without cotangents ``diag(J^T J)``. This is
+        what the diagonal algorithms add up (paper, section 4), at the cost of one backward pass for each row.
+        """
+        rows = self.rows(x, self._checked_cotangents(cotangents, x, "cotangents"))
+        return _gram.sum_of_squares(self.function, rows.side, progress)
 
     def rows(self, x: Tensor, cotangents: Tensor | None = None) -> Rows:
         """The Jacobian rows at these inputs, as an operator; see :class:`Rows`."""
@@ -314,6 +411,11 @@ class Rows:
         """N."""
         return len(self.x)
 
+    @property
+    def side(self) -> _gram.Side:
+        """Inputs and cotangents, as one side of a Gram matrix."""
+        return _gram.Side(self.x, self.cotangents)
+
     def flat(self, part: slice = slice(None)) -> Rows:
         """Some of the examples, without batch dimensions."""
         x = self.x[part]
@@ -386,14 +488,7 @@ class Rows:
             if prior_variance is not None:
                 rows = rows * prior_variance.sqrt()
             return torch.stack([rows[:, g] @ rows[:, g].mT if len(groups) > 1 else rows @ rows.mT for g in groups])
-        return _gram.gram(
-            self.function,
-            self.x,
-            prior_variance=prior_variance,
-            groups=groups,
-            cotangents1=self.cotangents,
-            progress=progress,
-        )
+        return _gram.gram(self.function, self.side, prior_variance=prior_variance, groups=groups, progress=progress)
 
     def matmul(self, u: Tensor) -> Tensor:
         """``U u``, ``(..., N, m)``, for ``u`` ``(..., P)``."""

@@ -70,7 +70,7 @@ class SquaredRows:
     def _chunk(self, x: Tensor, part: slice, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
         function = self.function
         leaves = {name: self._parameters[name].detach().requires_grad_() for name in function.names}
-        with torch.enable_grad(), function._differentiable_kernels(), self._noted_uses() as uses:
+        with torch.enable_grad(), function.differentiable_kernels(), self._noted_uses() as uses:
             f = function(leaves, x)
         cotangents, v = weigh(f.detach(), part)
         zeros = [use.zero for use in uses]
@@ -165,7 +165,7 @@ class SquaredRows:
 
     def _rules_alone(self, x: Tensor, c: Tensor) -> dict[str, Tensor]:
         leaves = {name: self._parameters[name].detach().requires_grad_() for name in self.function.names}
-        with torch.enable_grad(), self.function._differentiable_kernels(), self._noted_uses() as uses:
+        with torch.enable_grad(), self.function.differentiable_kernels(), self._noted_uses() as uses:
             f = self.function(leaves, x)
         zeros = [use.zero for use in uses]
         passes = (torch.autograd.grad(f, zeros, c_j, retain_graph=True, materialize_grads=True) for c_j in c)

@@ -1,17 +1,24 @@
-"""Memory budgets, chunks and progress bars.
+"""Memory budgets, chunks, progress bars, and matrices in files.
 
 Work over many examples runs in chunks whose largest intermediate tensor fits a budget; a matrix that has to be held
-whole is refused, with its size, before any work starts.
+whole is refused, with its size, before any work starts. One that is larger than memory goes to a file, tile by tile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import json
+import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 # Part of the free memory that one matrix may take, and that one chunk of work may take.
@@ -77,21 +84,138 @@ def require_memory(num_elements: int, dtype: torch.dtype, device: torch.device |
 
 def chunk_length(elements_per_item: int, dtype: torch.dtype, device: torch.device | str) -> int:
     """How many items of ``elements_per_item`` numbers each make one chunk; at least one."""
-    budget = min(MAX_CHUNK_BYTES, CHUNK_FRACTION * free_memory(device))
-    return max(1, int(budget // max(1, elements_per_item * element_size(dtype))))
+    return max(1, numbers_per_chunk(dtype, device) // max(1, elements_per_item))
+
+
+def numbers_that_fit(dtype: torch.dtype, device: torch.device | str) -> int:
+    """How many numbers may be held beside the work on them."""
+    return int(MATRIX_FRACTION / 2 * free_memory(device) // element_size(dtype))
+
+
+def numbers_per_chunk(dtype: torch.dtype, device: torch.device | str) -> int:
+    """How many numbers one chunk of work may touch."""
+    return int(min(MAX_CHUNK_BYTES, CHUNK_FRACTION * free_memory(device)) // element_size(dtype))
 
 
 def rows_that_fit(elements_per_row: int, dtype: torch.dtype, device: torch.device | str) -> int:
     """How many rows of ``elements_per_row`` numbers each may be held beside the work on them; at least one."""
-    return max(1, int(MATRIX_FRACTION / 2 * free_memory(device) // max(1, elements_per_row * element_size(dtype))))
+    return max(1, numbers_that_fit(dtype, device) // max(1, elements_per_row))
 
 
-def chunks(num_items: int, length: int) -> list[slice]:
-    """Slices that cover ``range(num_items)``, each of at most ``length``; an empty one for no items."""
-    return [slice(start, min(start + length, num_items)) for start in range(0, num_items, length)] or [slice(0, 0)]
+def chunks(stop: int, length: int, start: int = 0) -> list[slice]:
+    """Slices that cover ``range(start, stop)``, each of at most ``length``; an empty one for no items."""
+    return [slice(i, min(i + length, stop)) for i in range(start, stop, length)] or [slice(start, start)]
 
 
 def progress(items: Iterable | None, description: str, show: bool | None = None, **kwargs) -> tqdm:
     """A progress bar over ``items``; ``show``: True, False, or None for "only on a terminal, after half a second"."""
     disable = None if show is None else not show
     return tqdm(items, desc=description, disable=disable, delay=0.5 if show is None else 0, leave=False, **kwargs)
+
+
+class MatrixFile:
+    """A matrix that is written to a ``.npy`` file tile by tile, and resumed where an earlier run was interrupted.
+
+    While it grows the file is called ``<path>.partial``, and beside it ``<path>.journal`` tells what it is made from
+    and which tiles are on disk. Both survive a killed process; the next run with the same inputs goes on with them, in
+    chunks of the same size, so that it ends in the same numbers. Complete, the file gets its name.
+
+    Args:
+        path: of the ``.npy`` file to be.
+        shape: ``(rows, columns)``, or ``(G, rows, columns)`` for G matrices of the same tiles.
+        dtype: of its entries.
+        key: says what the entries are computed from; a resumed file must have the same.
+
+    Raises:
+        FileExistsError: ``path`` exists already.
+        ValueError: an interrupted file is there that was made from something else.
+        OSError: not enough free disk; names the size.
+    """
+
+    SECONDS = 5.0  # between two times that finished tiles are made safe: so much work can be lost
+
+    def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> None:
+        self.path = Path(path)
+        self._partial, self._journal = (self.path.with_name(self.path.name + end) for end in (".partial", ".journal"))
+        if self.path.suffix != ".npy":
+            raise ValueError(f"file must end in .npy, numpy's own format; got '{self.path}'.")
+        if self.path.exists():
+            raise FileExistsError(f"'{self.path}' exists already. Delete it, or choose another file.")
+        self._header = {"key": key, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+        self._done: set[tuple[int, int, int, int]] = set()
+        self._pending: list[tuple[int, int, int, int]] = []
+        self._saved = time.monotonic()
+        if self._journal.exists():
+            self._resume()
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        size = int(np.prod(self._header["shape"], dtype=np.int64)) * np.dtype(self._header["dtype"]).itemsize
+        free = shutil.disk_usage(self.path.absolute().parent).free
+        if size > free:
+            raise OSError(
+                f"'{self.path}' would take {gigabytes(size)}, more than the {gigabytes(free)} that are free there. "
+                "Choose another disk, or fewer examples."
+            )
+        self.free_memory = free_memory()
+        options = {"mode": "w+", "dtype": self._header["dtype"], "shape": tuple(self._header["shape"])}
+        self._array = np.lib.format.open_memmap(self._partial, **options)
+        self._array.flush()
+        self._append(json.dumps({**self._header, "free_memory": self.free_memory}), mode="w")
+
+    def _resume(self) -> None:
+        header, *lines = self._journal.read_text().splitlines(keepends=True) or [""]
+        try:
+            known = json.loads(header)
+            self.free_memory = known.pop("free_memory")
+        except (ValueError, KeyError):
+            known = None
+        if known != self._header or not self._partial.exists():
+            raise ValueError(
+                f"'{self._partial}' was begun with another net, other inputs or another prior. Delete it and "
+                f"'{self._journal}', or choose another file."
+            )
+        # a last line without its end was being written when the process ended
+        self._done = {tuple(map(int, line.split())) for line in lines if line.endswith("\n")}
+        self._array = np.lib.format.open_memmap(self._partial, mode="r+")
+
+    def __enter__(self) -> MatrixFile:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._save()
+        self._array._mmap.close()
+        if error is None:
+            os.replace(self._partial, self.path)
+            self._journal.unlink()
+
+    def has(self, rows: slice, columns: slice) -> bool:
+        """Whether this tile was finished by an earlier run."""
+        return (rows.start, rows.stop, columns.start, columns.stop) in self._done
+
+    def write(self, rows: slice, columns: slice, tile: Tensor, mirrored: bool = False) -> None:
+        """Put one tile in its place, and with ``mirrored`` its transpose too."""
+        self._array[..., rows, columns] = tile.cpu().numpy()
+        if mirrored:
+            self._array[..., columns, rows] = tile.mT.cpu().numpy()
+        self._pending.append((rows.start, rows.stop, columns.start, columns.stop))
+        if time.monotonic() - self._saved >= self.SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        """First the tiles, then the note that they are there."""
+        self._array.flush()
+        if self._pending:
+            self._append("\n".join(" ".join(map(str, tile)) for tile in self._pending), mode="a")
+        self._pending, self._saved = [], time.monotonic()
+
+    def _append(self, text: str, mode: str) -> None:
+        with open(self._journal, mode) as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def tensor(self) -> Tensor:
+        """The complete matrix, read from the file as it is used; changes to the tensor do not reach the file."""
+        return torch.from_numpy(np.load(self.path, mmap_mode="c"))

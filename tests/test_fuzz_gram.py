@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpytorch_dnn2gp as dnn2gp
-from gpytorch_dnn2gp.numerics import NumericalWarning
+from gpytorch_dnn2gp.gram import FallbackWarning
 
 TOLERANCE = 1e-10
 
@@ -35,7 +35,7 @@ def may_fall_back(allowed: bool = True):
     """The package may warn that it takes autodiff for weights that are used where it cannot see them."""
     with warnings.catch_warnings():
         if allowed:
-            warnings.simplefilter("ignore", NumericalWarning)
+            warnings.simplefilter("ignore", FallbackWarning)
         yield
 
 

@@ -19,6 +19,7 @@ HOUSE = [
     "predictive",
     "metrics",
     "from_torch",
+    "exact_operations",
     "jacobians",
     "gram",
     "squares",
