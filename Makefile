@@ -6,10 +6,12 @@
 #                                            Read when .venv is made; `make clean` first to change it later.
 #   make test ARGS="-k evidence -x"          options for pytest
 #   make fuzz SEEDS=0:10000                  other random nets
+#   make bench PEERS="--laplace-python ..."  with our peers; examples/benchmarks/grams.py says how
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+PEERS ?=
 SEEDS ?= 0:640
 
 VENV := .venv
@@ -43,6 +45,7 @@ fuzz: $(READY)
 	$(BIN)/python -m pytest tests/test_fuzz_gram.py --seeds $(SEEDS) $(ARGS)
 
 bench: $(READY)
+	$(BIN)/python examples/benchmarks/grams.py $(PEERS)
 	$(BIN)/python examples/benchmarks/wide_outputs.py
 
 lint: $(READY)
