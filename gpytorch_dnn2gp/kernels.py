@@ -73,6 +73,74 @@ def _require_same_identity(kernel: JacobianKernel, state: dict, prefix: str, *_)
         )
 
 
+FEATURE_NUMBERS = 2**25  # in all, up to which features are held rather than Grams taken by layers
+
+
+class _Grams:
+    """The Grams, one for each prior group, of the last inputs asked for: a new prior precision repeats none of them.
+
+    Found by equality of inputs and net; left out where the inputs have a gradient, or where they take much memory.
+    Copies, pickles and moves of the kernel start empty.
+    """
+
+    SIZE = 3  # training, test, and between the two
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._net: list[Tensor] = []
+        self._entries: list[tuple[Tensor, Tensor | None, Tensor]] = []
+
+    def __deepcopy__(self, memo: dict) -> _Grams:
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def __call__(self, kernel: JacobianKernel, x1: Tensor, x2: Tensor | None) -> Tensor:
+        """``k(x1, x2)``, ``(n1 K, n2 K)``; ``x2=None`` means ``x1``. Differentiable in the prior precision."""
+        lin, prior = kernel.linearization, kernel.prior()
+        rows1, rows2 = lin.rows(x1), None if x2 is None else lin.rows(x2)
+        batch = x1.dim() > 2 or (x2 is not None and x2.dim() > 2)
+        if batch or _has_gradient(x1) or (x2 is not None and _has_gradient(x2)):
+            return rows1.covariance(rows2, prior)
+        if _changed(self._net, lin.net):
+            self.clear()
+            self._net = _net_state(lin.net)
+        delta = kernel.prior_precision.reciprocal()
+        for i, (known1, known2, grams) in enumerate(self._entries):
+            if _equal(known1, x1) and _equal(known2, x2):
+                self._entries.insert(0, self._entries.pop(i))
+                return torch.einsum("g,gij->ij", delta, grams)
+        groups, base = list(kernel.groups.indices), kernel.structure.base_variance
+        size = len(groups) * rows1.num_examples * (rows1 if rows2 is None else rows2).num_examples
+        if not tiling.cache_fits(size * rows1.num_rows**2, lin.dtype, x1.device):
+            return rows1.covariance(rows2, prior)
+        grams = rows1.grams(rows2, groups, base)
+        if not torch.is_inference_mode_enabled():
+            copies = x1.detach().clone(), None if x2 is None else x2.detach().clone()
+            self._entries = [(*copies, grams), *self._entries][: self.SIZE]
+        return torch.einsum("g,gij->ij", delta, grams)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _net_state(net: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in (*net.parameters(), *net.buffers())]
+
+
+def _changed(known: list[Tensor], net: nn.Module) -> bool:
+    """Whether the net is another than when ``known`` was taken, as after ``load_state_dict``."""
+    now = [*net.parameters(), *net.buffers()]
+    return len(now) != len(known) or not all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, known, strict=True)
+    )
+
+
 class _Jacobians:
     """The Jacobians of the last inputs asked for, so that neither a new prior precision nor a prediction repeats them.
 
@@ -125,14 +193,10 @@ class _Jacobians:
         return lin.jacobian(x)
 
     def _require_same(self, net: nn.Module) -> None:
-        """Start afresh if the net has changed, as by ``load_state_dict``."""
-        now = [*net.parameters(), *net.buffers()]
-        same = len(now) == len(self._net) and all(
-            a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, self._net)
-        )
-        if not same:
+        """Start afresh if the net has changed."""
+        if _changed(self._net, net):
             self.clear()
-            self._net = [tensor.detach().clone() for tensor in now]
+            self._net = _net_state(net)
 
 
 def _has_gradient(x: Tensor) -> bool:
@@ -276,6 +340,7 @@ class JacobianKernel(Kernel):
         self.structure = _PriorStructure(partition, prior_variance, lin)
         self.register_load_state_dict_pre_hook(_require_same_identity)
         self._jacobians = _Jacobians()
+        self._grams = _Grams()
 
         raw = torch.zeros(*batch_shape, len(partition), dtype=lin.dtype, device=lin.device)
         self.register_parameter("raw_prior_precision", nn.Parameter(raw))
@@ -367,16 +432,29 @@ class JacobianKernel(Kernel):
         lin, same = self.linearization, _same_inputs(x1, x2)
         num_rows = self.num_outputs_per_input(x1, x2) * (x1.shape[:-1].numel() + x2.shape[:-1].numel())
         full = self.structure.base_root is not None  # P x P fits, so P rows do
-        small = full or bool(self.batch_shape) or tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
+        # Features are what the smaller side is solved by, where that is P, and cheap where they are few; Grams by
+        # layers are cheaper elsewhere.
+        fits = tiling.fits(num_rows * lin.num_weights, lin.dtype, x1.device)
+        few = num_rows >= lin.num_weights or num_rows * lin.num_weights <= FEATURE_NUMBERS
+        small = full or bool(self.batch_shape) or (fits and few)
         if diag:
             if same and not small:
-                return lin.gram_blocks(x1, self.prior_variance).diagonal(dim1=-2, dim2=-1).flatten(-2)
+                return self._large_diagonal(x1)
             phi1 = self.feature_map(x1)
             return (phi1 * (phi1 if same else self.feature_map(x2))).sum(-1).flatten(-2)
         if not small:
-            return to_linear_operator(lin.gram(x1, None if same else x2, prior_variance=self.prior_variance))
+            return to_linear_operator(self._grams(self, x1, None if same else x2))
         phi1 = self.feature_map(x1).flatten(-3, -2)
         return FeatureGram(phi1) if same else MatmulLinearOperator(phi1, self.feature_map(x2).flatten(-3, -2).mT)
+
+    def _large_diagonal(self, x: Tensor) -> Tensor:
+        """``(..., n K)``, without the features of all examples at once."""
+        lin, variance = self.linearization, self.prior_variance
+        if not variance.requires_grad:
+            return lin.gram_diagonal(x, variance).flatten(-2)
+        rows = lin.rows(x)
+        blocks = rows.covariance_blocks(self.prior())
+        return blocks.diagonal(dim1=-2, dim2=-1).unflatten(0, rows.batch_shape).flatten(-2)
 
     def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> WeightSpaceStrategy:
         """How GPyTorch's ``ExactGP`` conditions on data."""
@@ -393,6 +471,7 @@ class JacobianKernel(Kernel):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"JacobianKernel cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
         self._jacobians.clear()
+        self._grams.clear()
         return super()._apply(fn, *args, **kwargs)
 
 

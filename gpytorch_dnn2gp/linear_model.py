@@ -156,6 +156,10 @@ class StackedRows:
         ):
             self.features()
 
+    def keep_for_products(self, _groups: Sequence[Tensor], _prior_variance: Tensor | None) -> None:
+        """As :meth:`keep`."""
+        self.keep()
+
     def gram(self, groups: list[Tensor], prior_variance: Tensor | None, progress: bool | None = None) -> Tensor:
         """``U_g S0_g U_g^T`` for each group of weights, ``(G, N m, N m)``."""
         scale = 1.0 if prior_variance is None else prior_variance.sqrt()

@@ -13,6 +13,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from . import gram as _gram
 from . import tiling
 from .jacobians import NetFunction
 from .numerics import first_index, in_plain_mode, require_finite
+
+# Up to so many numbers the Jacobian itself is what products are made of: layers would save nothing.
+FEW_NUMBERS = 2**22
 
 
 class Linearization(nn.Module):
@@ -387,6 +391,18 @@ class Linearization(nn.Module):
         return f"Name its parameters: params={own}."
 
 
+class DiagonalPrior(Protocol):
+    """A prior by groups, ``S0 = diag(base_variance / precision)``: that of :mod:`weights`."""
+
+    precision: Tensor
+    group_index: Tensor
+    base_variance: Tensor | None
+
+    @property
+    def variance(self) -> Tensor:
+        """Diagonal of S0, ``(P,)``."""
+
+
 class Rows:
     """The rows ``U_i = C_i J_i`` of a linear model at N given inputs, as an operator that need not be formed.
 
@@ -405,6 +421,7 @@ class Rows:
         self.batch_shape = batch_shape
         self.cotangents = cotangents
         self._features: Tensor | None = None
+        self._by_layers: _gram.Features | None = None
 
     @property
     def num_examples(self) -> int:
@@ -414,13 +431,14 @@ class Rows:
     @property
     def side(self) -> _gram.Side:
         """Inputs and cotangents, as one side of a Gram matrix."""
-        return _gram.Side(self.x, self.cotangents)
+        return _gram.Side(self.x, self.cotangents, self._by_layers)
 
     def flat(self, part: slice = slice(None)) -> Rows:
         """Some of the examples, without batch dimensions."""
         x = self.x[part]
         rows = Rows(self.function, x, x.shape[:1], None if self.cotangents is None else self.cotangents[part])
         rows._features = None if self._features is None else self._features[part]
+        rows._by_layers = None if self._by_layers is None else self._by_layers.part(part)
         return rows
 
     def flat_inputs(self) -> Tensor:
@@ -480,6 +498,37 @@ class Rows:
         size = self.num_examples * self.num_rows * self.num_weights
         if tiling.cache_fits(size, self.function.dtype, self.x.device):
             self.features()
+
+    def keep_for_products(self, groups: Sequence[Tensor], prior_variance: Tensor | None) -> None:
+        """Keep what makes products of these rows cheap: the rows themselves if they are few, else their layers."""
+        if self.num_examples * self.num_rows * self.num_weights <= FEW_NUMBERS:
+            self.keep()
+        elif self._features is None and self._by_layers is None:
+            self._by_layers = _gram.form_features(self.function, self.side, prior_variance, groups)
+
+    def grams(self, other: Rows | None, groups: Sequence[Tensor], prior_variance: Tensor | None) -> Tensor:
+        """``U_g S0_g U'_g^T`` for each group of weights, ``(G, n m, n' m')``; without batch dimensions."""
+        side = None if other is None else other.side
+        return _gram.gram(self.function, self.side, side, prior_variance=prior_variance, groups=groups, progress=False)
+
+    def covariance(self, other: Rows | None, prior: DiagonalPrior) -> Tensor:
+        """``U S0 U'^T`` under a diagonal prior, ``(..., n m, n' m')``; ``other=None`` means the same rows."""
+        sides = self.side, None if other is None else other.side
+        shapes = self.batch_shape, self.batch_shape if other is None else other.batch_shape
+        batch = shapes if any(len(shape) > 1 for shape in shapes) else ()
+        multiply = _gram.batched_gram if batch else _gram.gram
+        if not (prior.precision.requires_grad and torch.is_grad_enabled()):
+            return multiply(self.function, *sides, *batch, prior_variance=prior.variance)
+        groups = [(prior.group_index == g).nonzero()[:, 0] for g in range(len(prior.precision))]
+        grams = multiply(self.function, *sides, *batch, prior_variance=prior.base_variance, groups=groups)
+        return torch.einsum("g,g...->...", prior.precision.reciprocal(), grams)
+
+    def covariance_blocks(self, prior: DiagonalPrior) -> Tensor:
+        """The blocks ``U_i S0 U_i^T``, ``(N, m, m)``."""
+        if self._features is None and not (prior.precision.requires_grad and torch.is_grad_enabled()):
+            return _gram.gram_blocks(self.function, self.side, prior.variance)
+        scaled = [u * prior.variance.sqrt() for _, u in self.blocks()]
+        return torch.cat([u @ u.mT for u in scaled])
 
     def gram(self, groups: list[Tensor], prior_variance: Tensor | None, progress: bool | None = None) -> Tensor:
         """``U_g S0_g U_g^T`` for each group of weights, ``(G, N m, N m)``."""

@@ -234,7 +234,7 @@ class FunctionSpace(Solver):
             f"The function-space solver's {len(groups) + 3} matrices of {size} x {size} outputs",
             "Use solver='weight_space' (P x P), solver='iterative', structure='diagonal', or fewer examples.",
         )
-        self.rows.keep()
+        self.rows.keep_for_products(groups.indices, base_variance)
         self.grams = self.rows.gram(groups.indices, base_variance, progress)
         self.rows_times_w = self.rows.matmul(self.w)
 
@@ -297,35 +297,44 @@ class _FunctionSpacePosterior(Posterior):
         k = self._residual_kernel(rows1.flat_inputs(), rows2.flat_inputs())
         return torch.kron(k, torch.eye(self.rows.num_rows, dtype=k.dtype, device=k.device))
 
-    def _white(self, u: Tensor, rows: Rows) -> Tensor:
-        """``L^-1 R^T k(X, x*)`` for the features u ``(N K, P)`` of ``rows``: ``(n m, N K)``."""
-        cross = self.rows.cross(u * self.prior.variance)
+    @property
+    def _by_layers(self) -> bool:
+        """Whether the training rows are too many to be at hand: then products are taken layer by layer."""
+        return isinstance(self.rows, Rows) and self.rows.kept is None
+
+    def _white(self, rows: Rows) -> Tensor:
+        """``L^-1 R^T k(X, x*)``: ``(n m, N K)``."""
+        if self._by_layers:
+            cross = rows.flat().covariance(self.rows, self.prior)
+        else:
+            cross = self.rows.cross(rows.features().flatten(0, 1) * self.prior.variance)
         if self._residual_kernel is not None:
             cross = cross + self._residual(rows.flat(), self.rows)
         return torch.linalg.solve_triangular(self.factor, self._root_t(cross).mT, upper=False)
 
-    def _stacked(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """``J* S^(1/2)`` and the transpose of the above for each batch element, ``(..., n K, P or n m)``."""
-        u = rows.features().flatten(0, 1)
-        lead = rows.batch_shape[:-1]
-        white = self._white(u, rows).mT.reshape(*lead, -1, len(self.factor))
-        return u.reshape(*lead, -1, rows.num_weights) * self.prior.variance.sqrt(), white
+    def _stacked(self, rows: Rows) -> Tensor:
+        """The transpose of the above for each batch element, ``(..., n K, n m)``."""
+        return self._white(rows).mT.reshape(*rows.batch_shape[:-1], -1, len(self.factor))
+
+    def _before(self, rows1: Rows, rows2: Rows | None = None) -> Tensor:
+        """``k(x*, x*')`` for each batch element, ``(..., n1 K, n2 K)``."""
+        if self._by_layers:
+            before = rows1.covariance(rows2, self.prior)
+        else:
+            u = rows1.batched_features(self.prior.variance)
+            before = u @ (u if rows2 is None else rows2.batched_features(self.prior.variance)).mT
+        if self._residual_kernel is None:
+            return before
+        return before + self._residual(rows1, rows1 if rows2 is None else rows2)
 
     def covariance(self, rows: Rows) -> Tensor:
-        u, white = self._stacked(rows)
-        before = u @ u.mT
-        if self._residual_kernel is not None:
-            before = before + self._residual(rows, rows)
+        before, white = self._before(rows), self._stacked(rows)
         after = before - white @ white.mT
         warn_if_cancelled(before, after, "The posterior covariance")
         return after
 
     def cross_covariance(self, rows1: Rows, rows2: Rows) -> Tensor:
-        (u1, white1), (u2, white2) = self._stacked(rows1), self._stacked(rows2)
-        before = u1 @ u2.mT
-        if self._residual_kernel is not None:
-            before = before + self._residual(rows1, rows2)
-        return before - white1 @ white2.mT
+        return self._before(rows1, rows2) - self._stacked(rows1) @ self._stacked(rows2).mT
 
     def covariance_blocks(self, rows: Rows) -> Tensor:
         if rows is self.rows:  # no Jacobian is needed for the training inputs' own
@@ -334,20 +343,18 @@ class _FunctionSpacePosterior(Posterior):
             white = white.unflatten(1, (rows.num_examples, -1))
             return diagonal_blocks(k, rows.num_rows) - torch.einsum("ibk,ibl->bkl", white, white)
         befores, afters = [], []
-        # Each part costs the Jacobians of the training data once, unless these are kept: parts as large as may be.
+        # Each part costs the features of the training data once, unless these are kept: parts as large as may be.
+        per_example = rows.num_rows * (len(self.factor) if self._by_layers else rows.num_weights)
         for part in tiling.chunks(
-            rows.num_examples,
-            tiling.rows_that_fit(rows.num_rows * rows.num_weights, self.rows.function.dtype, rows.x.device),
+            rows.num_examples, tiling.rows_that_fit(4 * per_example, self.rows.function.dtype, rows.x.device)
         ):
             here = rows.flat(part)
-            u = here.features()
-            white = self._white(u.flatten(0, 1), here).unflatten(1, u.shape[:2])
-            u = u * self.prior.variance.sqrt()
-            before = u @ u.mT
+            white = self._white(here).unflatten(1, (here.num_examples, here.num_rows))
+            before = here.covariance_blocks(self.prior)
             if self._residual_kernel is not None:
                 x = here.flat_inputs()[:, None]
                 k = self._residual_kernel(x, x)  # (b, 1, 1)
-                before = before + k * torch.eye(u.shape[1], dtype=k.dtype, device=k.device)
+                before = before + k * torch.eye(here.num_rows, dtype=k.dtype, device=k.device)
             befores.append(before)
             afters.append(before - torch.einsum("ibk,ibl->bkl", white, white))
         before, after = torch.cat(befores), torch.cat(afters)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import gpytorch
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from oracle import relative_error
 from torch import nn
 from torch.nn import functional as F
 
+import gpytorch_dnn2gp as dnn2gp
 from gpytorch_dnn2gp import Linearization, gram, tiling
 from gpytorch_dnn2gp.gram import FallbackWarning
 
@@ -402,6 +404,7 @@ KILLED = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 import test_gram
+import gpytorch_dnn2gp as dnn2gp
 from gpytorch_dnn2gp import Linearization, gram, tiling
 gram.matrix.TILE_NUMBERS = 20
 gram.matrix.MIN_TILE_ROWS = 1
@@ -443,3 +446,79 @@ def test_a_killed_computation_resumes_where_it_stopped(tmp_path):
     assert resumed.returncode == 0 and out[-1] == "done"
     assert out.count("tile") < tiles
     assert (tmp_path / "killed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+# ---- in Gaussian processes: by layers as by Jacobians
+
+
+@pytest.fixture
+def by_layers(monkeypatch):
+    monkeypatch.setattr(dnn2gp.linearize, "FEW_NUMBERS", 0)
+    monkeypatch.setattr(dnn2gp.kernels, "FEATURE_NUMBERS", 0)
+
+
+@pytest.mark.parametrize("num_precisions", [1, 6])
+def test_laplace_gp_by_layers_is_that_by_jacobians(request, num_precisions):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x, y, test = torch.randn(12, 3).double(), torch.randint(0, 2, (12,)), torch.randn(2, 4, 3).double()
+    delta = torch.arange(1.0, 1 + num_precisions, dtype=torch.float64)
+
+    def results():
+        gp = dnn2gp.LaplaceGP(net, x, y, dnn2gp.losses.Categorical(), delta, solver="function_space")
+        points = test.clone().requires_grad_()
+        f = gp(points)
+        covariance = f.covariance_matrix
+        (gradient,) = torch.autograd.grad(covariance.sum() + f.mean.sum(), points)
+        evidence = gp.log_evidence()
+        (by_delta,) = torch.autograd.grad(evidence, gp.covar_module.raw_prior_precision)
+        return [covariance, gradient, gp.predict(test[0]).variance, evidence[None], by_delta]
+
+    expected = results()
+    request.getfixturevalue("by_layers")
+    for found, value in zip(results(), expected, strict=True):
+        assert relative_error(found.detach(), value.detach()) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_precisions", [1, 4])
+def test_kernel_in_an_exact_gp_by_layers_is_that_by_features(request, num_precisions):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x, y, test = torch.randn(12, 3).double(), torch.randn(12).double(), torch.randn(4, 3).double()
+
+    class Model(gpytorch.models.ExactGP):
+        def __init__(self):
+            super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood())
+            self.mean_module = gpytorch.means.ZeroMean()
+            self.covar_module = dnn2gp.JacobianKernel(net, torch.arange(1.0, 1 + num_precisions).double())
+
+        def forward(self, x):
+            return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+    def results():
+        model = Model().double().train()
+        kernel = model.covar_module
+        mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+        value = mll(model(x), y)
+        value.backward()
+        model.eval()
+        points = test.clone().requires_grad_()
+        f = model(points)
+        (gradient,) = torch.autograd.grad(f.variance.sum() + f.mean.sum(), points)
+        diagonal = kernel(x, diag=True)
+        (by_delta,) = torch.autograd.grad(diagonal.sum(), kernel.raw_prior_precision)
+        return [value[None], kernel.raw_prior_precision.grad, f.mean, f.covariance_matrix, gradient, diagonal, by_delta]
+
+    expected = results()
+    request.getfixturevalue("by_layers")
+    for found, value in zip(results(), expected, strict=True):
+        assert relative_error(found.detach(), value.detach()) < TOLERANCE
+
+
+def test_a_new_prior_precision_takes_no_gram_again(by_layers, monkeypatch):
+    kernel = dnn2gp.JacobianKernel(convolutional(), input_shape=(1, 8, 8))
+    x = PROBLEMS["convolutional"][1]
+    before = kernel(x).to_dense()
+    monkeypatch.setattr(gram, "gram", None)
+    kernel.prior_precision = 4.0
+    assert relative_error(kernel(x).to_dense(), before / 4) < TOLERANCE

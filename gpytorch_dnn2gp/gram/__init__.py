@@ -13,7 +13,7 @@ Rows are example-major, output-minor: entry ``[i K + k, j K + l]``.
 
 from .coverage import FallbackWarning
 from .diagonals import gram_blocks, gram_diagonal, sum_of_squares
-from .matrix import Side, batched_gram, gram
+from .matrix import Side, batched_gram, form_features, gram
 from .rules import Outer, register
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Outer",
     "Side",
     "batched_gram",
+    "form_features",
     "gram",
     "gram_blocks",
     "gram_diagonal",

@@ -38,10 +38,17 @@ MIN_TILE_ROWS = 256  # smaller matrix products do not use the processor well
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the product: inputs ``(N, *input_shape)``, and rows ``C_i``, ``(N, m, K)``, or None."""
+    """One side of the product.
+
+    Attributes:
+        x: inputs, ``(N, *input_shape)``.
+        cotangents: rows ``C_i``, ``(N, m, K)``; None for the identity.
+        features: kept from an earlier product, under a prior with the same groups.
+    """
 
     x: Tensor
     cotangents: Tensor | None = None
+    features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -59,7 +66,8 @@ class Side:
 
     def part(self, part: slice) -> Side:
         """Some of the examples."""
-        return Side(self.x[part], None if self.cotangents is None else self.cotangents[part])
+        cotangents = None if self.cotangents is None else self.cotangents[part]
+        return Side(self.x[part], cotangents, None if self.features is None else self.features.part(part))
 
 
 def gram(
@@ -102,6 +110,8 @@ def gram(
     if file is not None:
         key = _digest(net, left, right, prior_variance, groups, trace)
         return assembly.to_file(tiling.MatrixFile(file, shape if groups is not None else shape[1:], net.dtype, key))
+    if 0 in shape:
+        return torch.zeros(shape if groups is not None else shape[1:], dtype=net.dtype, device=device)
     tiling.require_memory(
         num_groups * shape[1] * shape[2],
         net.dtype,
@@ -136,7 +146,11 @@ class _Assembly:
 
     def features(self, side: Side, like: Features | None = None) -> Features:
         """Of one side, or some of its examples."""
-        return features(self.net, side.x, side.cotangents, self.prior, like or self._form, self.trace)
+        if side.features is not None:
+            return side.features
+        kept = [known.features for known in (self.left, self.right) if known.features is not None]
+        form = like or (kept[0] if kept else self._form)
+        return features(self.net, side.x, side.cotangents, self.prior, form, self.trace)
 
     def _form(self, layer: Layer) -> set[str]:
         n1, n2 = len(self.left), len(self.right)
@@ -243,17 +257,29 @@ def batched_gram(
     shape2: torch.Size,
     *,
     prior_variance: Tensor | None = None,
+    groups: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Tensor:
-    """One Gram for each element of a batch, ``(..., n1 m1, n2 m2)``: the sides' examples are ``(..., n)`` in shape."""
-    prior, other = prior_of(net, prior_variance), left if right is None else right
-    assembly = _Assembly(net, left, right, prior, 1, trace, False)
+    """As :func:`gram` for each element of a batch, ``(..., n1 m1, n2 m2)``, or ``(G, ..., n1 m1, n2 m2)``.
+
+    ``shape1`` and ``shape2`` are ``(..., n)``: those of the sides' examples; batch dimensions broadcast.
+    """
+    prior, other = prior_of(net, prior_variance, groups), left if right is None else right
+    if prior is None:
+        raise ValueError("Batches want groups that are made of whole parameter tensors.")
+    if 0 in (len(left), len(other)):
+        sizes = [n * (1 if trace else side.num_rows(net)) for n, side in ((shape1[-1], left), (shape2[-1], other))]
+        lead = () if groups is None else (len(groups),)
+        batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
+        return torch.zeros(*lead, *batch, *sizes, dtype=net.dtype, device=left.x.device)
+    assembly = _Assembly(net, left, right, prior, 1 if groups is None else len(groups), trace, False)
     with torch.set_grad_enabled(_needs_graph(left, other, prior_variance)):
         first = assembly.features(left)
         second = first if right is None else assembly.features(right, first)
         if allows_batch(first, prior):
             a = first.batched(shape1)
-            return assembly.product(a, a if right is None else second.batched(shape2))[0]
+            tiles = assembly.product(a, a if right is None else second.batched(shape2))
+            return tiles[0] if groups is None else torch.stack(tiles)
         # one by one; an index tells which element of each side is meant, since batch dimensions broadcast
         batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
         elements = []
@@ -262,8 +288,24 @@ def batched_gram(
             elements.append(
                 [slice(i * shape[-1], (i + 1) * shape[-1]) for i in number.expand(batch).flatten().tolist()]
             )
-        blocks = [assembly.product(first.part(i), second.part(j))[0] for i, j in zip(*elements, strict=True)]
-        return torch.stack(blocks).unflatten(0, batch)
+        blocks = [assembly.product(first.part(i), second.part(j)) for i, j in zip(*elements, strict=True)]
+        out = torch.stack([torch.stack(tiles) for tiles in blocks], 1).unflatten(1, batch)
+        return out[0] if groups is None else out
+
+
+def form_features(
+    net: NetFunction, side: Side, prior_variance: Tensor | None, groups: Sequence[Tensor]
+) -> Features | None:
+    """The features of one side's Gram with itself, to be kept in it; None if they take much memory."""
+    prior = prior_of(net, prior_variance, groups)
+    if prior is None or len(side) == 0:
+        return None
+    assembly = _Assembly(net, side, None, prior, len(groups), False, False)
+    with torch.no_grad():
+        first = assembly.features(side.part(slice(0, 1)))
+        if not tiling.cache_fits(len(side) * first.num_numbers, net.dtype, side.x.device):
+            return None
+        return assembly.features(side, first)
 
 
 def prior_of(net: NetFunction, variance: Tensor | None, groups: Sequence[Tensor] | None = None) -> Prior | None:
