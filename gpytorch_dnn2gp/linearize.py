@@ -223,11 +223,12 @@ class Linearization(nn.Module):
     def _checked_cotangents(self, cotangents: Tensor | None, x: Tensor, name: str) -> Tensor | None:
         if cotangents is None:
             return None
-        self(x[..., :1, :] if x.dim() > 1 else x[:1])  # now the number of outputs is known
-        if cotangents.dim() != 3 or len(cotangents) != len(x) or cotangents.shape[-1] != self.num_outputs:
+        inputs, shape = self.prepare(x)
+        n, k = len(inputs), self.function.num_rows(inputs)
+        if len(shape) != 1 or cotangents.dim() != 3 or len(cotangents) != n or cotangents.shape[-1] != k:
             raise ValueError(
-                f"{name} has shape {tuple(cotangents.shape)}; {len(x)} examples without batch dimensions and "
-                f"{self.num_outputs} outputs want ({len(x)}, m, {self.num_outputs})."
+                f"{name} has shape {tuple(cotangents.shape)}; {n} examples without batch dimensions and {k} outputs "
+                f"want ({n}, m, {k})."
             )
         require_finite(cotangents, name, "They are what the rows of J are multiplied by.")
         return cotangents

@@ -81,11 +81,10 @@ def compare(net, x1, x2, names, options, s0, gradient):
     # Each parameter by itself: an error in a small one shows. Below a millionth of the largest it is cancellation.
     indices = [torch.arange(part.start, part.stop) for part in lin.function.slices()]
     C = torch.randn(len(x1), 2, K, dtype=F64)
-    if x1.dim() == 2:
-        assert_close(lin.sum_of_squares(x1, C), (C @ J1).square().sum((0, 1)), "sum_of_squares")
-        C2 = torch.randn(len(x2), 1, K, dtype=F64)
-        k = lin.gram(x1, x2, prior_variance=s0, cotangents1=C, cotangents2=C2)
-        assert_close(k, product(C @ J1, C2 @ J2, s0), "gram with cotangents")
+    assert_close(lin.sum_of_squares(x1, C), (C @ J1).square().sum((0, 1)), "sum_of_squares")
+    C2 = torch.randn(len(x2), 1, K, dtype=F64)
+    k = lin.gram(x1, x2, prior_variance=s0, cotangents1=C, cotangents2=C2)
+    assert_close(k, product(C @ J1, C2 @ J2, s0), "gram with cotangents")
     grams = lin.rows(x1, C).gram(indices, s0)
     largest = float(symmetric.abs().max())
     for name, index, k in zip(names, indices, grams):

@@ -95,6 +95,8 @@ def test_cotangents_give_other_rows_as_the_empirical_fisher_has(problem):
     assert relative_error(lin.gram(x, cotangents1=r), rows @ rows.mT) < TOLERANCE
     # rows of one side only: covariances of the outputs with the gradients
     assert relative_error(lin.gram(x, x, cotangents2=r), j.flatten(0, 1) @ rows.mT) < TOLERANCE
+    images = lin.prepare(x)[0].to(lin.dtype)  # inputs in the net's own shape
+    assert relative_error(lin.gram(images, cotangents1=r), rows @ rows.mT) < TOLERANCE
     with pytest.raises(ValueError, match="cotangents1 has shape"):
         lin.gram(x, cotangents1=r[:2])
     with pytest.raises(ValueError, match="cotangents2 belong to x2"):
@@ -292,6 +294,27 @@ def test_a_use_whose_derivative_is_zero_where_it_is_checked_is_found():
         found = lin.gram(x)
     rows = lin.jacobian(x).flatten(0, 1)
     assert relative_error(found, rows @ rows.mT) < TOLERANCE
+
+
+class OtherWeights(nn.Module):
+    """Calls a layer with something else in the place of its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        return torch.func.functional_call(self.layer, {"weight": self.layer.weight * 2}, (x,))
+
+
+def test_a_layer_called_with_other_weights_is_found_where_all_derivatives_are_zero():
+    lin = Linearization(nn.Sequential(OtherWeights(), nn.Linear(3, 2)).double())
+    x = torch.zeros(2, 3).double()
+    with pytest.warns(FallbackWarning, match=r"0\.layer\.weight reach the output in other ways"):
+        lin.gram(x)
+    x = torch.randn(4, 3).double()
+    rows = lin.jacobian(x).flatten(0, 1)
+    assert relative_error(lin.gram(x), rows @ rows.mT) < TOLERANCE
 
 
 class Undecided(nn.Module):

@@ -182,7 +182,8 @@ def hidden_uses(net: NetFunction, layers: dict[str, list[str]], x: Tensor) -> li
     """Parameters of the covered layers that reach the output in another way than through their layer's call.
 
     Inside their own layer's calls the weights are detached; whatever then still is connected to the output is used
-    elsewhere: in autograd's graph, whether or not the derivative happens to be zero at these inputs.
+    elsewhere: in autograd's graph, whether or not the derivative happens to be zero at these inputs. A layer called
+    with something else in the place of its weight uses the weight elsewhere, too.
 
     Args:
         net: the net.
@@ -191,13 +192,16 @@ def hidden_uses(net: NetFunction, layers: dict[str, list[str]], x: Tensor) -> li
     """
     leaves = {name: weight.clone().requires_grad_() for name, weight in net.weight_dict().items()}
     covered = [name for names in layers.values() for name in names]
+    replaced: set[str] = set()
     handles = []
     for layer, names in layers.items():
         module = net.net.get_submodule(layer)
         local = [name.rpartition(".")[2] for name in names]
 
-        def detach(module: nn.Module, _args: tuple, local: list[str] = local) -> None:
-            module.__dict__["_kept_weights"] = [module._parameters[name] for name in local]
+        def detach(module: nn.Module, _args: tuple, local: list[str] = local, names: list[str] = names) -> None:
+            own = [module._parameters[name] for name in local]
+            replaced.update(name for name, weight in zip(names, own, strict=True) if weight is not leaves[name])
+            module.__dict__["_kept_weights"] = own
             for name in local:
                 module._parameters[name] = module._parameters[name].detach()
 
@@ -210,9 +214,9 @@ def hidden_uses(net: NetFunction, layers: dict[str, list[str]], x: Tensor) -> li
         with torch.enable_grad(), net.differentiable_kernels(), _hooked:
             f = net(leaves, x[:1].detach())
             if not f.requires_grad:
-                return []
+                return sorted(replaced)
             grads = torch.autograd.grad(f.sum(), [leaves[name] for name in covered], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, grad in zip(covered, grads, strict=True) if grad is not None]
+    return sorted(replaced | {name for name, grad in zip(covered, grads, strict=True) if grad is not None})
