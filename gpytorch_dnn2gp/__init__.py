@@ -26,7 +26,7 @@ from .likelihoods import GGNLikelihood
 from .linearize import Linearization
 from .numerics import NumericalWarning
 from .prediction import Prediction, Stationarity, StationarityWarning
-from .selection import fit_evidence
+from .selection import compare, fit_evidence
 from .serialization import load, save
 from .variational import VariationalGP, sampling_predictive
 
@@ -43,6 +43,7 @@ __all__ = [
     "Stationarity",
     "StationarityWarning",
     "VariationalGP",
+    "compare",
     "dual",
     "fit_evidence",
     "infinite",

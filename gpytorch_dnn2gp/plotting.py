@@ -6,6 +6,7 @@
     plot_variance_split(p)            aleatoric and epistemic variance, stacked, for each example
     plot_kernel(kernel, labels)       the kernel matrix, grouped by class
     plot_calibration(ys, labels)      coverage at every level
+    plot_evidence(values, evidence)   evidence and errors over a hyperparameter, the chosen values marked
 
 ``p`` is what ``gp.predict(x)`` returns. Every function draws into ``ax`` (``axes``), by default into new ones, and
 returns what it drew into. Nothing is shown or saved, and no setting of matplotlib is changed: that is the caller's.
@@ -269,6 +270,72 @@ def plot_calibration(
     if isinstance(ys, Mapping):
         ax.legend()
     return ax
+
+
+def plot_evidence(
+    values: Sequence[float] | Tensor,
+    evidence: Tensor | Sequence,
+    errors: Mapping[str, Tensor | Sequence] | None = None,
+    name: str = "hyperparameter",
+    log: bool = True,
+    ax: Axes | None = None,
+) -> tuple[Axes, Axes | None]:
+    """Evidence (left axis) and errors such as test MSE (right axis) over a hyperparameter, each's best value starred.
+
+    Several runs are drawn as their mean, with a band of one standard error to either side.
+
+    Args:
+        values: of the hyperparameter, ``(V,)``; names, such as ``"2 x 20"``, will do too and are spaced evenly.
+        evidence: ``(V,)`` or ``(runs, V)``, in nats; the star is at its maximum.
+        errors: curves of the same shapes by name; the star of each whose name begins with "test" is at its minimum.
+        name: of the hyperparameter, for the axis.
+        log: a logarithmic axis for numbers.
+        ax: where to draw; the right axis is put over it.
+
+    Returns:
+        The left axis, and the right one, or None without errors.
+    """
+    ax = _axes(ax)
+    numbers = all(isinstance(v, int | float | np.number) or getattr(v, "ndim", None) == 0 for v in values)
+    x = np.asarray([float(v) for v in values]) if numbers else np.arange(len(values))
+    curves = {"log evidence": evidence, **(errors or {})}
+    for label, curve in curves.items():
+        if np.shape(curve)[-1:] != (len(x),):
+            raise ValueError(
+                f"The curve {label!r} has the shape {tuple(np.shape(curve))}, but there are {len(x)} values."
+            )
+    _draw_curve(ax, x, evidence, EPISTEMIC, "-", "log evidence", np.argmax)
+    ax.set_ylabel("log evidence (nats)", color=EPISTEMIC)
+    ax.set_xlabel(name)
+    if not numbers:
+        ax.set_xticks(x, [str(v) for v in values])
+    elif log:
+        ax.set_xscale("log")
+    if not errors:
+        return ax, None
+    right = ax.twinx()
+    colors = [OUTSIDE, NEUTRAL, ALEATORIC, OBSERVED]
+    for i, (label, curve) in enumerate(errors.items()):
+        best = np.argmin if label.startswith("test") else None
+        _draw_curve(right, x, curve, colors[i % len(colors)], ("--", ":", "-.")[i % 3], label, best)
+    right.set_ylabel(", ".join(errors))
+    lines = [*ax.get_lines(), *right.get_lines()]
+    lines = [line for line in lines if not line.get_label().startswith("_")]
+    right.legend(lines, [line.get_label() for line in lines])
+    return ax, right
+
+
+def _draw_curve(ax: Axes, x: np.ndarray, curve, color: str, style: str, label: str, best) -> None:
+    """Mean over runs with a band of its standard error; a star at the ``best`` place."""
+    runs = np.atleast_2d(np.asarray(_array(curve) if isinstance(curve, Tensor) else curve, dtype=float))
+    mean = runs.mean(0)
+    ax.plot(x, mean, color=color, linestyle=style, linewidth=1.6, label=label)
+    if len(runs) > 1:
+        error = runs.std(0, ddof=1) / np.sqrt(len(runs))
+        ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+    if best is not None:
+        place = best(mean)
+        ax.plot(x[place], mean[place], "*", color="black", markersize=13, markeredgecolor="white", zorder=5)
 
 
 def _trace_reduced(kernel: Tensor | Kernel, labels: Tensor | None, x: Tensor | None) -> np.ndarray:

@@ -1,7 +1,639 @@
-"""Models chosen by evidence, without a validation set."""
+"""Models chosen by evidence, without a validation set.
+
+    fit_evidence(gp)               delta and sigma of one net, by gradient (mlls.py)
+    compare(candidates, x, y)      widths, depths, activations, architectures; nets, and GPs of any other kernel
+    mlps(...)                      candidates: multilayer perceptrons over a grid
+
+A comparison is a table: it prints, plots itself, is saved as CSV after each candidate and goes on from there after an
+interruption. Candidates run in parallel by joblib.
+"""
 
 from __future__ import annotations
 
-from .mlls import EvidenceFit, fit_evidence
+import copy
+import csv
+import functools
+import hashlib
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["EvidenceFit", "fit_evidence"]
+import gpytorch
+import joblib
+import numpy as np
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.mlls import ExactMarginalLogLikelihood, MarginalLogLikelihood
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+from . import metrics, plotting, tiling, training
+from .gp import LaplaceGP
+from .losses import Gaussian, Loss
+from .mlls import EvidenceFit, effective_parameters, fit_evidence, leave_one_out_density, require_varied_labels
+from .numerics import require_finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Candidate", "Comparison", "EvidenceFit", "compare", "fit_evidence", "mlps"]
+
+TUNING = ("online", "after", None)
+Metric = Callable[[Distribution, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to compare, with what sets it apart.
+
+    Attributes:
+        model: a net, which is copied and trained; a GPyTorch kernel, for a GP with it and Gaussian noise; GPyTorch's
+            ``mll`` of any model on the training data; or a function without arguments that makes one of these (a net
+            then with initial weights drawn from the comparison's seed).
+        loss, prior_precision, groups: of a net, in the place of the comparison's.
+        settings: columns of the table, such as ``{"width": 20}``, to plot over.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    loss: Loss | None = None
+    prior_precision: float | Sequence[float] | Tensor | None = None
+    groups: Sequence[str | Sequence[str]] | None = None
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+
+
+def mlps(
+    num_inputs: int,
+    num_outputs: int = 1,
+    widths: Sequence[int] = (20,),
+    depths: Sequence[int] = (1,),
+    activations: Sequence[type[nn.Module]] = (nn.Tanh,),
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Candidate]:
+    """Multilayer perceptrons for every combination of width, depth (hidden layers) and activation.
+
+    Example:
+        ``compare(mlps(11, widths=[5, 10, 20], depths=[1, 2]), x, y, Gaussian(1.0)).plot("width")``
+    """
+    candidates = {}
+    for depth, width, activation in itertools.product(depths, widths, activations):
+        settings = {"depth": depth, "width": width, "activation": activation.__name__}
+        make = functools.partial(_mlp, [num_inputs, *[width] * depth, num_outputs], activation, dtype)
+        candidates[f"{depth} x {width} {activation.__name__}"] = Candidate(make, settings=settings)
+    return candidates
+
+
+def _mlp(sizes: Sequence[int], activation: type[nn.Module], dtype: torch.dtype) -> nn.Sequential:
+    layers = [layer for a, b in itertools.pairwise(sizes[:-1]) for layer in (nn.Linear(a, b), activation())]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:])).to(dtype)
+
+
+# ---- the table
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found: a row for each candidate, in their order.
+
+    Attributes:
+        rows: by column. ``evidence`` is in nats over all data; ``train_loss`` the mean negative log-likelihood of the
+            training data; ``test_nll`` and the other test columns are means over the test data; ``parameters`` and
+            ``effective`` the number of weights and how many of them the data determine; ``distance`` that of the net
+            from a stationary point in posterior standard deviations; None for what a model does not have.
+        models: the fitted ``LaplaceGP``, or GPyTorch's model, of each candidate that was run, not read from a file.
+    """
+
+    rows: list[dict]
+    models: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """Name of the candidate of the largest evidence."""
+        rows = [row for row in self.rows if not row.get("error")]
+        if not rows:
+            raise ValueError("No candidate has an evidence: all have failed.")
+        return max(rows, key=lambda row: row["evidence"])["candidate"]
+
+    def column(self, name: str) -> list:
+        """Entries of one column."""
+        known = {key for row in self.rows for key in row}
+        if name not in known:
+            raise KeyError(f"There is no column {name!r}; there are {', '.join(map(repr, sorted(known)))}.")
+        return [row.get(name) for row in self.rows]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "Comparison(no candidates)"
+        hidden = {"candidate", "fingerprint", "error", *(key for row in self.rows for key in row.get("_settings", ()))}
+        columns = [c for c in self._columns() if c not in hidden and any(v is not None for v in self.column(c))]
+        failed = all(row.get("error") for row in self.rows)
+        best = None if failed else self.best
+        names = [row["candidate"] + (" *" if row["candidate"] == best else "") for row in self.rows]
+        cells = [["candidate", *columns]]
+        for name, row in zip(names, self.rows, strict=True):
+            cells.append([name, *(_shown(row.get(column), column) for column in columns)])
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in cells
+        ]
+        lines += [f"{row['candidate']} failed: {row['error']}" for row in self.rows if row.get("error")]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self.rows for key in row if key != "_settings"))
+
+    def plot(
+        self, over: str | None = None, errors: Sequence[str] | None = None, ax: Axes | None = None
+    ) -> tuple[Axes, Axes | None]:
+        """Evidence and test errors over a column, such as ``"width"``; over the candidates' names by default.
+
+        Args:
+            over: rows of equal values count as several runs if each value has as many; their mean is drawn.
+            errors: columns for the right axis; by default those that begin with ``test_``.
+            ax: where to draw.
+        """
+        rows = [row for row in self.rows if not row.get("error")]
+        over = over or "candidate"
+        self.column(over)
+        if errors is None:
+            errors = [c for c in self._columns() if c.startswith("test_") and all(row[c] is not None for row in rows)]
+        values = list(dict.fromkeys(row[over] for row in rows))
+        if all(isinstance(v, int | float) for v in values):
+            values = sorted(values)
+        by_value = [[row for row in rows if row[over] == value] for value in values]
+        runs = {len(group) for group in by_value}
+        if len(runs) > 1:
+            raise ValueError(
+                f"The values of {over!r} have different numbers of candidates, "
+                f"{ {value: len(group) for value, group in zip(values, by_value, strict=True)} }: plot over another "
+                "column, or select rows."
+            )
+
+        def curve(column: str) -> np.ndarray:
+            return np.array([[row[column] for row in group] for group in by_value], dtype=float).T
+
+        curves = {name.replace("_", " "): curve(name) for name in errors}
+        return plotting.plot_evidence(values, curve("evidence"), curves, over, ax=ax)
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Write the rows; in one step, so that an interruption leaves the old file or the new one."""
+        path = Path(path)
+        settings = list(dict.fromkeys(key for row in self.rows for key in row.get("_settings", ())))
+        columns = self._columns()
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([f"setting:{c}" if c in settings else c for c in columns])
+            writer.writerows([["" if row.get(c) is None else _written(row[c]) for c in columns] for row in self.rows])
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike) -> Comparison:
+        """Read what :meth:`to_csv` wrote; without the models.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not one of these.
+        """
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+        if not lines or not {"candidate", "evidence", "fingerprint"} <= set(lines[0]):
+            raise ValueError(
+                f"{path} is no table of a comparison: columns candidate, evidence and fingerprint are not there."
+            )
+        rows = []
+        for line in lines[1:]:
+            row = {}
+            for column, text in zip(lines[0], line, strict=True):
+                setting = column.startswith("setting:")
+                name = column.removeprefix("setting:")
+                row[name] = text if name in ("candidate", "fingerprint", "error") else _read(text)
+                if setting:
+                    row.setdefault("_settings", []).append(name)
+            rows.append(row)
+        return cls(rows)
+
+
+def _written(value) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _read(text: str):
+    if text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _shown(value, column: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        decimals = {"evidence": 2, "effective": 1, "seconds": 1}.get(column)
+        return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
+    return str(value)
+
+
+# ---- comparing
+
+
+def compare(
+    candidates: Mapping[str, Candidate | nn.Module | Callable[[], nn.Module]],
+    train_x: Tensor,
+    train_y: Tensor,
+    loss: Loss,
+    prior_precision: float | Sequence[float] | Tensor = 1.0,
+    groups: Sequence[str | Sequence[str]] | None = None,
+    tune: str | None = "online",
+    kind: str = "laplace",
+    restarts: int = 1,
+    test_x: Tensor | None = None,
+    test_y: Tensor | None = None,
+    test_metrics: Mapping[str, Metric] | None = None,
+    file: str | os.PathLike | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+    train_options: Mapping | None = None,
+    gp_options: Mapping | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """Train the candidates, and score each by the evidence of the training data.
+
+    Args:
+        candidates: by name; see :class:`Candidate`, or just its ``model``. A GP of another kernel is fitted by its own
+            evidence, so that nets and other kernels stand in one table (for a Gaussian loss).
+        train_x, train_y: as the nets and the loss take them.
+        loss: with the initial noise.
+        prior_precision, groups: initial values, as in :class:`LaplaceGP`.
+        tune: "online", delta and sigma chosen while the net is trained (:func:`training.train_with_evidence`); "after",
+            when it is trained (:func:`fit_evidence`); None, left as given.
+        kind: of evidence: "laplace", "gp" or "leave_one_out", which with tune="online" is the score alone.
+        restarts: nets are trained from so many initial weights, and the best by the score counts.
+        test_x, test_y: for the test columns, which choose nothing.
+        test_metrics: more test columns by name, functions of ``(y, labels)`` as those of :mod:`metrics`; ``test_nll``
+            and ``test_error`` (squared error, or part of the labels that are missed) are always there.
+        file: a CSV that each finished candidate is added to; those that it has already are not run again.
+        n_jobs: processes, as in joblib; None takes joblib's configuration, so that ``joblib.parallel_config`` with a
+            Dask or Ray backend puts the candidates onto a cluster.
+        seed: of initial weights and of minibatches, the same for each candidate.
+        train_options: of :func:`training.fit` or :func:`training.train_with_evidence`, such as
+            ``{"method": "adam", "max_iterations": 500}``.
+        gp_options: of :class:`LaplaceGP`, such as ``{"input_shape": (1, 28, 28)}``.
+        progress: True, False, or None for a bar on terminals only.
+
+    Returns:
+        A :class:`Comparison`. A candidate that fails has the reason in its row, and a warning tells; it is run again
+        by the next call with the same file.
+
+    Raises:
+        ValueError: before any long work, for labels without a finite noise estimate, nets that do not take the data, or
+            a file of other candidates, data or options.
+    """
+    if tune not in TUNING:
+        raise ValueError(f"tune must be 'online', 'after' or None; got {tune!r}.")
+    if kind not in ("laplace", "gp", "leave_one_out"):
+        raise ValueError(f"kind must be 'laplace', 'gp' or 'leave_one_out'; got {kind!r}.")
+    if restarts < 1:
+        raise ValueError(f"restarts must be one at least; got {restarts}.")
+    if (test_x is None) != (test_y is None):
+        raise ValueError("test_x and test_y go together: give both, or neither.")
+    if len(candidates) == 0:
+        raise ValueError("There are no candidates to compare.")
+    task = _Task(
+        *(train_x, train_y, loss, prior_precision, groups, tune, kind, restarts),
+        *(test_x, test_y, dict(test_metrics or {}), seed, dict(train_options or {}), dict(gp_options or {})),
+    )
+    entries = {name: value if isinstance(value, Candidate) else Candidate(value) for name, value in candidates.items()}
+    for name, candidate in entries.items():
+        task.check(name, candidate)
+    prints = {name: task.fingerprint(candidate) for name, candidate in entries.items()}
+    done = {} if file is None else _finished(file, prints)
+    models: dict[str, nn.Module] = {}
+
+    def table() -> Comparison:
+        return Comparison([done[name] for name in entries if name in done], models)
+
+    waiting = [name for name in entries if name not in done]
+    calls = (joblib.delayed(_run)(task, name, entries[name], prints[name]) for name in waiting)
+    with tiling.progress(None, "Comparing", progress, total=len(entries), initial=len(done), unit=" candidates") as bar:
+        for row, model in _parallel(n_jobs, calls):
+            done[row["candidate"]] = row
+            if model is not None:
+                models[row["candidate"]] = model
+            if file is not None:
+                table().to_csv(file)
+            bar.update()
+            bar.set_postfix(last=row["candidate"])
+    result = table()
+    failed = [row["candidate"] for row in result.rows if row.get("error")]
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {len(entries)} candidates have failed: {', '.join(failed)}. The table says why.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _parallel(n_jobs: int | None, calls):
+    """Results as they come; all at the end where the backend cannot do that."""
+    try:
+        parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
+    except ValueError:
+        parallel = joblib.Parallel(n_jobs=n_jobs)
+    return parallel(calls)
+
+
+def _finished(file: str | os.PathLike, prints: Mapping[str, str]) -> dict[str, dict]:
+    """Rows of an earlier call, by candidate."""
+    if not Path(file).exists():
+        return {}
+    rows = {row["candidate"]: row for row in Comparison.from_csv(file).rows}
+    cure = "Give another file, or the candidates, data and options of the earlier call."
+    other = [name for name in rows if name not in prints]
+    if other:
+        raise ValueError(
+            f"{file} has results of {', '.join(map(repr, other))}, which are not among the candidates "
+            f"{', '.join(map(repr, prints))}. {cure}"
+        )
+    for name, row in rows.items():
+        (data, model), (known_data, known_model) = prints[name].split("-"), row["fingerprint"].split("-")
+        if data != known_data:
+            raise ValueError(f"{file} was made with other data or options of the comparison. {cure}")
+        if model != known_model:
+            raise ValueError(f"{file} has results of another candidate by the name of {name!r}. {cure}")
+    return {name: row for name, row in rows.items() if not row.get("error")}
+
+
+@dataclass
+class _Task:
+    """What all candidates share."""
+
+    x: Tensor
+    y: Tensor
+    loss: Loss
+    prior_precision: float | Sequence[float] | Tensor
+    groups: Sequence[str | Sequence[str]] | None
+    tune: str | None
+    kind: str
+    restarts: int
+    test_x: Tensor | None
+    test_y: Tensor | None
+    test_metrics: dict[str, Metric]
+    seed: int
+    train_options: dict
+    gp_options: dict
+
+    def loss_of(self, candidate: Candidate) -> Loss:
+        return self.loss if candidate.loss is None else candidate.loss
+
+    def make(self, candidate: Candidate, restart: int = 0) -> nn.Module:
+        """The model at its start; a net with initial weights of this restart."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + restart)
+            if not isinstance(candidate.model, nn.Module):
+                return candidate.model()
+            model = copy.deepcopy(candidate.model)
+            if restart and not isinstance(model, Kernel | MarginalLogLikelihood):
+                for module in model.modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        return model
+
+    def check(self, name: str, candidate: Candidate) -> None:
+        """Refuse what cannot work, by name, before the work."""
+        try:
+            model, loss = self.make(candidate), self.loss_of(candidate)
+            if not isinstance(model, nn.Module):
+                raise TypeError(
+                    "a candidate is a torch module, a GPyTorch kernel or mll, or a function without arguments that "
+                    f"makes one; got {type(model).__name__}."
+                )
+            require_finite(self.x, "train_x", "Remove or impute these rows first.")
+            if isinstance(model, Kernel | MarginalLogLikelihood):
+                self._check_gp(model, loss)
+                return
+            model.eval()
+            with torch.no_grad():
+                f = model(self.x[:1])
+            f = f[:, None] if f.dim() == 1 else f
+            labels = loss.check_labels(self.y, f.shape[-1], len(self.x), f.dtype, f.device)
+            if self.test_y is not None:
+                loss.check_labels(self.test_y, f.shape[-1], len(self.test_x), f.dtype, f.device)
+            if self.tune is not None and loss.has_noise and loss.noise.dim() < 2:
+                require_varied_labels(loss, labels)
+        except Exception as error:
+            error.add_note(f"This is candidate {name!r} of the comparison.")
+            raise
+
+    def _check_gp(self, model: nn.Module, loss: Loss) -> None:
+        if not isinstance(loss, Gaussian) or loss.noise.dim() > 0:
+            raise ValueError(
+                "GPyTorch models are compared by their evidence under Gaussian noise with one sigma; the loss is "
+                f"{loss}."
+            )
+        if isinstance(model, Kernel):
+            if self.y.numel() != len(self.x):
+                raise ValueError(
+                    f"a kernel makes a GP of one output, and the labels have the shape {tuple(self.y.shape)}: pass a "
+                    "function that makes the mll of a multitask model."
+                )
+            require_varied_labels(loss, self.y)
+            return
+        inputs = model.model.train_inputs[0]
+        if len(inputs) != len(self.x) or not torch.equal(inputs.reshape(len(inputs), -1), self.x.flatten(1).to(inputs)):
+            raise ValueError("the mll is of a model on other training inputs: build it on train_x and train_y.")
+
+    def fingerprint(self, candidate: Candidate) -> str:
+        """Of data and options, and of the candidate: ``"<16 digits>-<16 digits>"``."""
+        shared = [self.x, self.y, self.test_x, self.test_y, self.tune, self.kind, self.restarts, self.seed]
+        shared += [sorted(self.test_metrics), sorted(self.train_options.items()), sorted(self.gp_options.items())]
+        model = self.make(candidate)
+        delta = self.prior_precision if candidate.prior_precision is None else candidate.prior_precision
+        groups = self.groups if candidate.groups is None else candidate.groups
+        own = [str(model), *model.state_dict().values(), self.loss_of(candidate), delta, groups]
+        return f"{_digest(shared)}-{_digest(own)}"
+
+
+def _digest(items: Sequence) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        if isinstance(item, Tensor):
+            digest.update(f"{tuple(item.shape)} {item.dtype}".encode())
+            digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- one candidate
+
+
+def _run(task: _Task, name: str, candidate: Candidate, fingerprint: str) -> tuple[dict, nn.Module | None]:
+    """Its row and its fitted model."""
+    start = time.perf_counter()
+    row = {"candidate": name, **candidate.settings, "_settings": list(candidate.settings)}
+    model = None
+    try:
+        made = task.make(candidate)
+        if isinstance(made, Kernel | MarginalLogLikelihood):
+            model, scores = _run_gp(task, made)
+        else:
+            model, scores = _run_net(task, candidate)
+        row |= scores
+    except Exception as error:  # the others go on
+        row |= {"evidence": math.nan, "error": f"{type(error).__name__}: {error}"}
+    row |= {"seconds": time.perf_counter() - start, "fingerprint": fingerprint, "error": row.get("error", "")}
+    return row, model
+
+
+def _run_net(task: _Task, candidate: Candidate) -> tuple[LaplaceGP, dict]:
+    loss = task.loss_of(candidate)
+    delta = task.prior_precision if candidate.prior_precision is None else candidate.prior_precision
+    groups = task.groups if candidate.groups is None else candidate.groups
+    nets = [task.make(candidate, restart) for restart in range(task.restarts)]
+    options = {"progress": False, **task.train_options}
+    gps = []
+    if task.tune != "online" and task.restarts > 1 and {"batch_size", "generator"}.isdisjoint(options):
+        training.fit_many(nets, task.x, task.y, loss, _repeated(delta, len(nets)), groups, **options)
+    for restart, net in enumerate(nets):
+        options_here = {"generator": torch.Generator().manual_seed(task.seed + restart), **options}
+        if task.tune == "online":
+            gp = training.train_with_evidence(
+                net, task.x, task.y, loss, delta, groups, **options_here, **task.gp_options
+            ).gp
+        else:
+            if task.restarts == 1 or not {"batch_size", "generator"}.isdisjoint(options):
+                training.fit(net, task.x, task.y, loss, delta, groups, **options_here)
+            net.eval()
+            gp = LaplaceGP(net, task.x, task.y, loss, delta, groups, progress=False, **task.gp_options)
+            if task.tune == "after":
+                fit_evidence(gp, task.kind, warn=False, progress=False)
+        gps.append((_score(gp, task.kind), gp))
+    evidence, gp = max(gps, key=lambda item: item[0])
+    with torch.no_grad():
+        f = gp.linearization(gp.train_inputs[0])
+        train_loss = float(gp.loss.negative_log_likelihood(f, gp.train_labels).mean())
+        scores = {"evidence": evidence, "train_loss": train_loss}
+        if task.test_x is not None:
+            y = gp.predict(task.test_x).y
+            labels = gp.loss.check_labels(task.test_y, f.shape[-1], len(task.test_x), f.dtype, f.device)
+            scores |= _test_scores(y, labels, task.test_metrics)
+    scores |= {
+        "parameters": gp.linearization.num_weights,
+        "effective": float(effective_parameters(gp).sum()),
+        "delta": _summary(gp.prior_precision),
+        "sigma": None if gp.noise is None else _summary(gp.noise.sqrt()),
+        "distance": gp.stationarity().newton_decrement ** 0.5,
+    }
+    return gp, scores
+
+
+def _repeated(delta: float | Sequence[float] | Tensor, m: int) -> float | Tensor:
+    delta = torch.as_tensor(delta)
+    return delta if delta.dim() == 0 else delta.expand(m, -1)
+
+
+def _score(gp: LaplaceGP, kind: str) -> float:
+    with torch.no_grad():
+        return float(leave_one_out_density(gp) if kind == "leave_one_out" else gp.log_evidence(kind))
+
+
+def _summary(values: Tensor) -> float | str:
+    """A number; several as their range."""
+    values = values.detach().flatten()
+    if len(values) == 1:
+        return float(values)
+    return f"{float(values.min()):.3g}..{float(values.max()):.3g}"
+
+
+def _test_scores(y: Distribution, labels: Tensor, more: Mapping[str, Metric]) -> dict[str, float]:
+    scores = {
+        "test_nll": float(metrics.negative_log_likelihood(y, labels)),
+        "test_error": float(_error(y, labels)),
+    }
+    return scores | {f"test_{name.removeprefix('test_')}": float(metric(y, labels)) for name, metric in more.items()}
+
+
+def _error(y: Distribution, labels: Tensor) -> Tensor:
+    """Mean squared error, or the part of the labels that are missed."""
+    if isinstance(y, Categorical):
+        return (y.probs.argmax(-1) != labels).double().mean()
+    if isinstance(y.base_dist if isinstance(y, Independent) else y, Bernoulli):
+        return ((y.mean > 0.5) != (labels > 0.5)).double().mean()
+    return (y.mean - labels.reshape(y.mean.shape)).square().mean()
+
+
+# ---- GPs of other kernels
+
+
+class _KernelGP(gpytorch.models.ExactGP):
+    """A kernel with a constant mean and Gaussian noise."""
+
+    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel, noise: Tensor) -> None:
+        likelihood = gpytorch.likelihoods.GaussianLikelihood().to(x)
+        likelihood.noise = noise
+        super().__init__(x, y, likelihood)
+        self.mean_module = gpytorch.means.ConstantMean().to(x)
+        self.covar_module = kernel.to(x)
+
+    def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
+        return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
+def _run_gp(task: _Task, made: Kernel | MarginalLogLikelihood) -> tuple[nn.Module, dict]:
+    mll = made
+    if isinstance(made, Kernel):
+        x = task.x.flatten(1)
+        gp = _KernelGP(x, task.y.reshape(-1).to(x), made, task.loss.noise.detach())
+        mll = ExactMarginalLogLikelihood(gp.likelihood, gp)
+    evidence = _fit_mll(mll, fit=task.tune is not None)
+    model, likelihood = mll.model.eval(), mll.likelihood.eval()
+    noise = getattr(likelihood, "noise", None)
+    scores = {
+        "evidence": evidence,
+        "parameters": sum(p.numel() for p in mll.parameters() if p.requires_grad),
+        "sigma": None if noise is None else _summary(noise.sqrt()),
+    }
+    if task.test_x is not None:
+        with torch.no_grad():
+            y = likelihood(model(task.test_x.flatten(1)))
+        labels = task.test_y.reshape(y.mean.shape).to(y.mean)
+        scores |= _test_scores(Normal(y.mean, y.variance.sqrt()), labels, task.test_metrics)
+    return model, scores
+
+
+def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -> float:
+    """Fit GPyTorch's hyperparameters by L-BFGS; the evidence, that is the mll over all data, in nats."""
+    model = mll.train().model
+    parameters = [p for p in mll.parameters() if p.requires_grad]
+
+    def value() -> Tensor:
+        output = model(*model.train_inputs)
+        return mll(output, model.train_targets) * output.event_shape.numel()
+
+    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        nn.utils.vector_to_parameters(torch.as_tensor(values).to(parameters[0]), parameters)
+        total = value()
+        gradient = torch.autograd.grad(total, parameters, materialize_grads=True)
+        return -float(total.detach()), -torch.cat([g.flatten() for g in gradient]).double().cpu().numpy()
+
+    if fit and parameters:
+        start = nn.utils.parameters_to_vector(parameters).detach().double().cpu().numpy()
+        result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": max_iterations})
+        nn.utils.vector_to_parameters(torch.as_tensor(result.x).to(parameters[0]), parameters)
+    with torch.no_grad():
+        return float(value())

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -37,7 +36,7 @@ class Fit:
     """What :func:`fit` did.
 
     Attributes:
-        objective: L(w) after each epoch (Adam: the running value of its batches) or evaluation (L-BFGS).
+        objective: L(w) after each epoch (Adam: the running value of its batches) or at each evaluation (L-BFGS).
         gradient_norm: ``|grad L|`` at the end, over all data.
         converged: whether it is below the tolerance.
     """
@@ -74,9 +73,9 @@ def fit(
         y: labels as the loss takes them.
         loss: from ``losses``.
         prior_precision, groups: as in :class:`LaplaceGP`.
-        method: "lbfgs" (scipy, all data at once, net in eval mode) for small nets and data: reaches a stationary point.
+        method: "lbfgs" (all data at once, net in eval mode) for small nets and data: reaches a stationary point.
             "adam": minibatches, net in train mode, learning rate decayed to zero by a cosine.
-        max_iterations: of L-BFGS, or epochs of Adam.
+        max_iterations: evaluations of L-BFGS, or epochs of Adam.
         gradient_tolerance: of ``|grad L|``, below which L-BFGS stops.
         lr, batch_size, generator: of Adam; ``batch_size=None`` takes all data.
         progress: True, False, or None for a bar on terminals only.
@@ -162,31 +161,29 @@ def _assign(weights: Sequence[Tensor], flat: Tensor) -> None:
         w.copy_(piece.view_as(w))
 
 
-def _lbfgs(problem: _Problem, max_iterations: int, tolerance: float, progress: bool | None) -> list[float]:
-    """In eval mode, all data at once; leaves the best weights, also when interrupted."""
+def _lbfgs(problem: _Problem, max_evaluations: int, tolerance: float, progress: bool | None) -> list[float]:
+    """In eval mode, all data at once; the net keeps the weights that were reached, also when interrupted."""
     problem.net.eval()
     weights = problem.weights
     history: list[float] = []
-    best = [np.inf, _flat(weights).detach().clone()]
+    w = _flat(weights).detach()[None].clone()
     bar = tiling.progress(None, "L-BFGS", progress, unit=" evaluations")
 
-    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
-        _assign(weights, torch.as_tensor(values).to(weights[0]))
+    def objective(trial: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        _assign(weights, trial[0])
         value, gradient = problem()
-        history.append(float(value))
-        if history[-1] < best[0]:
-            best[:] = [history[-1], _flat(weights).detach().clone()]
+        return value[None], gradient[None]
+
+    def report(_: Tensor, values: Tensor) -> None:
+        history.append(float(values))
         bar.update()
         bar.set_postfix(objective=f"{history[-1]:.6g}")
-        return history[-1], gradient.double().cpu().numpy()
 
-    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 30}
-    options["gtol"] = tolerance / np.sqrt(len(best[1]))  # scipy's is of the largest entry
     try:
-        minimize(objective, best[1].double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
+        _stacked_lbfgs(objective, w, max_evaluations, tolerance, report)
     finally:
         bar.close()
-        _assign(weights, best[1])
+        _assign(weights, w[0])
     return history
 
 
@@ -485,7 +482,7 @@ def _stacked_lbfgs(
         w[b], value[b], gradient[b] = trial[accepted], new_value[accepted], new_gradient[accepted]
 
         c = torch.cat([b, again])
-        direction[c] = -_two_loops(steps[c], changes[c], gradient[c])
+        direction[c] = -_quasi_newton(steps[c], changes[c], gradient[c])
         slope[c] = (direction[c] * gradient[c]).sum(-1)
         uphill = c[slope[c] >= 0]  # by rounding
         direction[uphill], slope[uphill] = -gradient[uphill], -gradient[uphill].square().sum(-1)
@@ -496,23 +493,25 @@ def _stacked_lbfgs(
         active = a[~finished]
 
 
-def _two_loops(steps: Tensor, changes: Tensor, gradient: Tensor) -> Tensor:
-    """``H g`` of L-BFGS for steps s and changes y of the gradient, ``(M, memory, P)``, newest last."""
-    sy = (steps * changes).sum(-1)
-    rho = torch.where(sy > 0, 1 / torch.where(sy > 0, sy, 1.0), 0.0)  # (M, memory); 0 for what is not there
-    q, alphas = gradient.clone(), []
-    memory = steps.shape[1]
-    used = [j for j in range(memory) if bool((rho[:, j] > 0).any())]
-    for j in reversed(used):
-        alpha = rho[:, j] * (steps[:, j] * q).sum(-1)
-        q -= alpha[:, None] * changes[:, j]
-        alphas.append(alpha)
-    yy = changes[:, -1].square().sum(-1)
-    q *= torch.where(rho[:, -1] > 0, sy[:, -1] / torch.where(yy > 0, yy, 1.0), 1.0)[:, None]
-    for j, alpha in zip(used, reversed(alphas), strict=True):
-        beta = rho[:, j] * (changes[:, j] * q).sum(-1)
-        q += (alpha - beta)[:, None] * steps[:, j]
-    return q
+def _quasi_newton(steps: Tensor, changes: Tensor, gradient: Tensor) -> Tensor:
+    """``H g`` of L-BFGS for steps s and changes y of the gradient, ``(M, memory, P)``, newest last, zeros if none.
+
+    In the compact form (Byrd, Nocedal and Schnabel 1994) with R the upper triangle of ``S^T Y`` and D its diagonal:
+
+        H g = gamma g + S R^-T ((D + gamma Y^T Y) u - gamma Y^T g) - gamma Y u,   u = R^-1 S^T g
+    """
+    sy = steps @ changes.mT
+    curvature = sy.diagonal(dim1=1, dim2=2)
+    there = curvature > 0
+    R = sy.triu() + torch.diag_embed((~there).to(sy))
+    yy = changes @ changes.mT
+    newest = yy[:, -1, -1]
+    gamma = torch.where(there[:, -1], curvature[:, -1] / torch.where(newest > 0, newest, 1.0), 1.0)[:, None, None]
+    g = gradient[:, :, None]
+    u = torch.linalg.solve_triangular(R, steps @ g, upper=True)
+    inner = curvature[:, :, None] * u + gamma * (yy @ u - changes @ g)
+    v = torch.linalg.solve_triangular(R.mT, inner, upper=False)
+    return (gamma * g + steps.mT @ v - gamma * (changes.mT @ u))[:, :, 0]
 
 
 @torch.no_grad()
@@ -574,8 +573,8 @@ def train_with_evidence(
     prior_precision: float | Sequence[float] | Tensor = 1.0,
     groups: Sequence[str | Sequence[str]] | None = None,
     method: str = "lbfgs",
-    max_iterations: int = 2000,
-    every: int = 200,
+    max_iterations: int = 1000,
+    every: int = 100,
     burn_in: int = 0,
     evidence_iterations: int = 20,
     fit_noise: bool | None = None,
@@ -590,18 +589,18 @@ def train_with_evidence(
 ) -> EvidenceTraining:
     """Train ``net`` in place, and choose delta and sigma by the Laplace evidence on the way (Immer et al. 2021).
 
-    In turn: ``every`` iterations of training at the present delta and sigma, then ``evidence_iterations`` steps on them
-    at the present weights. The round of the largest evidence is kept. By L-BFGS the net is then trained on at that
-    round's delta and sigma until it is stationary, so that, unlike after :func:`fit_evidence` alone, the weights belong
-    to the hyperparameters; by Adam it has the weights of that round. (The evidence often falls again when the rounds go
-    on: the weights are trained for the fit alone, not for the log-determinant.)
+    In turn: ``every`` evaluations or epochs of training at the present delta and sigma, then ``evidence_iterations``
+    steps on them at the present weights. The round of the largest evidence is kept. By L-BFGS the net is then trained
+    on at that round's delta and sigma until it is stationary, so that, unlike after :func:`fit_evidence` alone, the
+    weights belong to the hyperparameters; by Adam it has the weights of that round. (The evidence often falls again
+    when the rounds go on: the weights are trained for the fit alone, not for the log-determinant.)
 
     Args:
         net, x, y, loss, method, lr, batch_size, generator, gradient_tolerance: as in :func:`fit`.
         prior_precision, groups: initial values, as in :class:`LaplaceGP`.
-        max_iterations: iterations of L-BFGS, or epochs of Adam, in all.
-        every: iterations or epochs of one round.
-        burn_in: iterations or epochs before the first look at the evidence.
+        max_iterations: evaluations of L-BFGS, or epochs of Adam, in all rounds; as many again for L-BFGS's end.
+        every: evaluations or epochs of one round.
+        burn_in: evaluations or epochs before the first look at the evidence.
         evidence_iterations, fit_noise, block_size: as ``max_iterations`` and the others in :func:`fit_evidence`.
         patience: stop after so many rounds in which the evidence has not grown by 0.01 nats; None for never.
         progress: True, False, or None for a bar on terminals only.
@@ -653,7 +652,7 @@ def train_with_evidence(
         if method == "lbfgs":
             _assign(problem.weights, w)
             problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
-            _lbfgs(problem, max(every, 1000), gradient_tolerance, False)
+            _lbfgs(problem, max_iterations, gradient_tolerance, False)
             best = number, gp_here(), _flat(problem.weights).detach().clone()
             with torch.no_grad():
                 end = best[1].log_evidence() if block_size is None else BlockEvidence(best[1], block_size).bound()

@@ -582,6 +582,40 @@ def _(tmp):
     dnn2gp.training.fit_many([mlp().double(), mlp(width=5).double()], X, Y, Gaussian(0.3))
 
 
+def comparison(candidates=None, y=Y, **options):
+    candidates = {"a": randomized(mlp(), 0)} if candidates is None else candidates
+    options = {"tune": None, "train_options": {"max_iterations": 2}, "progress": False, **options}
+    return dnn2gp.selection.compare(candidates, X, y, Gaussian(0.3), **options)
+
+
+@case("a comparison resumed with other candidates")
+def _(tmp):
+    comparison(file=tmp / "table.csv")
+    comparison({"b": randomized(mlp(), 0)}, file=tmp / "table.csv")
+
+
+@case("a comparison resumed with another candidate of the same name")
+def _(tmp):
+    comparison(file=tmp / "table.csv")
+    comparison({"a": randomized(mlp(), 1)}, file=tmp / "table.csv")
+
+
+@case("a comparison resumed with other data or options")
+def _(tmp):
+    comparison(file=tmp / "table.csv")
+    comparison(y=Y + 1, file=tmp / "table.csv")
+
+
+@case("a comparison of constant labels that fits the noise")
+def _(tmp):
+    comparison(y=torch.ones_like(Y), tune="after")
+
+
+@case("a comparison of nets that do not take the data")
+def _(tmp):
+    comparison({"a": mlp(3).double()})
+
+
 # ---- files
 
 

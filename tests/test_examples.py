@@ -68,3 +68,30 @@ def test_quickstart_draws_its_pictures(quickstart):
     for picture in ("predictions.png", "kernel.png"):
         data = (quickstart[1] / picture).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def evidence(folder, *arguments, **options):
+    command = [sys.executable, ROOT / "examples" / "evidence.py", *arguments, "--output", folder, "--jobs", "1"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, **options)
+
+
+def test_evidence_of_the_sine(tmp_path):
+    """Figure 5 in small: both tables, with their choices and stars, and the picture."""
+    run = evidence(tmp_path, "sine", "--runs", "2", "--values", "3", "--iterations", "40")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("chosen by evidence: delta") == 2 and run.stdout.count("* evidence") == 2
+    assert "variational inference" in run.stdout and "Warning" not in run.stderr
+    assert (tmp_path / "evidence-sine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evidence_of_the_wine_says_what_it_needs(tmp_path):
+    run = evidence(tmp_path, "wine-delta", "--data", str(tmp_path))
+    assert run.returncode != 0 and "wine-quality-red.npz" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_evidence_of_the_wine(tmp_path, data_dir):
+    """Figure 6 in small: at delta = 32 evidence and test error are better than at either end."""
+    options = ("--data", str(data_dir), "--runs", "2", "--values", "3", "--iterations", "150")
+    run = evidence(tmp_path, "wine-delta", *options)
+    assert run.returncode == 0, run.stderr
+    assert "chosen by evidence: delta = 31.6" in run.stdout and "0.0% worse" in run.stdout

@@ -270,3 +270,20 @@ def test_importing_the_package_leaves_pyplot_and_its_backend_alone():
     code = "import sys, gpytorch_dnn2gp; assert 'matplotlib.pyplot' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_evidence_over_a_hyperparameter():
+    values, evidence = [0.1, 1.0, 10.0], torch.tensor([[-9.0, -5.0, -7.0], [-8.0, -6.0, -8.0]])
+    errors = {"test MSE": [[3.0, 2.0, 1.0]] * 2, "train MSE": [[1.0, 2.0, 3.0]] * 2}
+    ax, right = plotting.plot_evidence(values, evidence, errors, "delta")
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "delta"
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [-8.5, -5.5, -7.5])
+    stars = [line for line in [*ax.get_lines(), *right.get_lines()] if line.get_marker() == "*"]
+    assert [(float(s.get_xdata()[0]), float(s.get_ydata()[0])) for s in stars] == [(1.0, -5.5), (10.0, 1.0)]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([band.min(), band.max()], [-9.0, -5.0])  # one standard error: half the distance of two
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["log evidence", "test MSE", "train MSE"]
+    ax, none = plotting.plot_evidence(["1 x 5", "2 x 5"], [1.0, 2.0])
+    assert none is None and [t.get_text() for t in ax.get_xticklabels()] == ["1 x 5", "2 x 5"]
+    with pytest.raises(ValueError, match="there are 3 values"):
+        plotting.plot_evidence(values, [1.0, 2.0])

@@ -189,7 +189,7 @@ def test_what_cannot_be_stacked_is_told():
 def test_train_with_evidence(method):
     (net,) = nets(1)
     net = copy.deepcopy(net)
-    options = {"max_iterations": 1200, "every": 200} if method == "adam" else {}
+    options = {"max_iterations": 800, "every": 200} if method == "adam" else {}
     result = training.train_with_evidence(net, X, Y, Gaussian(1.0), 1.0, method=method, **options)
     assert_close(weights(net), result.gp.linearization.weights)
     assert_close(torch.tensor(result.evidence, dtype=F64), result.gp.log_evidence())
