@@ -5,8 +5,10 @@
     fit(net, ...)                  one net, by L-BFGS or Adam
     fit_many(nets, ...)            several nets of one shape at once: restarts, folds, a sweep over delta or sigma
     train_with_evidence(net, ...)  delta and sigma chosen by the evidence while the net is trained
+    train(optimizer, ...)          VOGGN, OGGN, VOGN or OGN over minibatches
+    Recorder(make)                 a callback: GPs, or their evidence, along any training
 
-Unlike everything else in the package, these functions change the nets they are given.
+Unlike everything else in the package but ``optim``, these functions change the nets they are given.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from . import tiling
-from .gp import LaplaceGP
+from .gp import LaplaceGP, NetworkGP
 from .linearize import select_parameters
 from .losses import Loss
 from .mlls import BlockEvidence, EvidenceFit, fit_evidence, require_varied_labels
 from .numerics import require_finite, require_positive
+from .optim import GaussNewton
 from .weights import weight_groups
 
 METHODS = ("adam", "lbfgs")
+Callback = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def fit(
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    callback: Callback | None = None,
 ) -> Fit:
     """Train ``net`` in place to a minimum of L(w).
 
@@ -79,6 +84,8 @@ def fit(
         gradient_tolerance: of ``|grad L|``, below which L-BFGS stops.
         lr, batch_size, generator: of Adam; ``batch_size=None`` takes all data.
         progress: True, False, or None for a bar on terminals only.
+        callback: called with 1, 2, ... after each epoch of Adam or evaluation of L-BFGS, the net as it is by then; a
+            :class:`Recorder`, say.
 
     If interrupted, the net keeps the weights it has reached.
     """
@@ -87,7 +94,7 @@ def fit(
     try:
         problem = _Problem(net, x, y, loss, prior_precision, groups)
         if method == "lbfgs":
-            objective = _lbfgs(problem, max_iterations, gradient_tolerance, progress)
+            objective = _lbfgs(problem, max_iterations, gradient_tolerance, progress, callback)
         else:
             epochs = _adam_epochs(problem, max_iterations, lr, batch_size, generator)
             objective = []
@@ -96,6 +103,8 @@ def fit(
                     objective.append(value)
                     bar.update()
                     bar.set_postfix(objective=f"{value:.6g}")
+                    if callback is not None:
+                        callback(len(objective))
         norm = problem.gradient_norm()
         return Fit(objective, norm, norm <= gradient_tolerance)
     finally:
@@ -161,7 +170,13 @@ def _assign(weights: Sequence[Tensor], flat: Tensor) -> None:
         w.copy_(piece.view_as(w))
 
 
-def _lbfgs(problem: _Problem, max_evaluations: int, tolerance: float, progress: bool | None) -> list[float]:
+def _lbfgs(
+    problem: _Problem,
+    max_evaluations: int,
+    tolerance: float,
+    progress: bool | None,
+    callback: Callback | None = None,
+) -> list[float]:
     """In eval mode, all data at once; the net keeps the weights that were reached, also when interrupted."""
     problem.net.eval()
     weights = problem.weights
@@ -178,6 +193,9 @@ def _lbfgs(problem: _Problem, max_evaluations: int, tolerance: float, progress: 
         history.append(float(values))
         bar.update()
         bar.set_postfix(objective=f"{history[-1]:.6g}")
+        if callback is not None:
+            _assign(weights, w[0])
+            callback(len(history))
 
     try:
         _stacked_lbfgs(objective, w, max_evaluations, tolerance, report)
@@ -666,3 +684,93 @@ def train_with_evidence(
 
 def _detached(loss: Loss) -> Loss:
     return loss.with_noise(loss.noise.detach()) if loss.has_noise else loss
+
+
+# ---- natural-gradient training, and what is recorded along any training
+
+
+def train(
+    optimizer: GaussNewton,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    batch_size: int | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    callback: Callback | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+) -> list[float]:
+    """Train by VOGGN, OGGN, VOGN or OGN over minibatches of all training data; changes the optimizer's net.
+
+    Args:
+        optimizer: of ``optim``, with ``train_size = len(x)``.
+        x, y: all inputs, as the net takes them, and labels.
+        epochs: passes over the data.
+        batch_size: None takes all data at once. The last batch of an epoch may be smaller.
+        scheduler: stepped after each step of the optimizer.
+        callback: called with 1, 2, ... after each step; a :class:`Recorder`, say.
+        generator: of the order of the data.
+        progress: True, False, or None for a bar on terminals only.
+
+    Returns:
+        The mean negative log-likelihood of each step's batch.
+    """
+    n = len(x)
+    if n != optimizer.train_size:
+        raise ValueError(f"There are {n} examples, but the optimizer's train_size is {optimizer.train_size}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be one at least; got {batch_size}.")
+    parts = tiling.chunks(n, n if batch_size is None else batch_size)
+    values: list[float] = []
+    with tiling.progress(None, type(optimizer).__name__, progress, total=epochs * len(parts), unit=" steps") as bar:
+        for _ in range(epochs):
+            order = torch.arange(n) if len(parts) == 1 else torch.randperm(n, generator=generator)
+            for part in parts:
+                index = order[part].to(x.device)
+                values.append(float(optimizer.step(x[index], y[index])))
+                if scheduler is not None:
+                    scheduler.step()
+                bar.update()
+                bar.set_postfix(nll=f"{values[-1]:.4g}")
+                if callback is not None:
+                    callback(len(values))
+    return values
+
+
+class Recorder:
+    """The GP of a net in training, at every so many steps: a callback of :func:`fit` and :func:`train`.
+
+    Args:
+        make: the GP as things stand, ``lambda: VariationalGP(net, opt.iterate(), x, y, loss)``, say, or
+            ``lambda: LaplaceGP(net, x, y, loss, delta)``.
+        every: how many steps lie between.
+        evidence: "laplace" or "gp" to record that evidence, None for none.
+        keep: whether to keep the GPs themselves; each holds a copy of the net.
+
+    Attributes:
+        steps, evidences, gps: what was recorded, lists of one length; the last two empty where not asked for.
+    """
+
+    def __init__(
+        self, make: Callable[[], NetworkGP], every: int = 1, evidence: str | None = "laplace", keep: bool = False
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be one at least; got {every}.")
+        if evidence not in ("laplace", "gp", None):
+            raise ValueError(f"evidence must be 'laplace', 'gp' or None; got {evidence!r}.")
+        self.make, self.every, self.evidence, self.keep = make, every, evidence, keep
+        self.steps: list[int] = []
+        self.evidences: list[float] = []
+        self.gps: list[NetworkGP] = []
+
+    def __call__(self, step: int) -> None:
+        """Record, if it is this step's turn."""
+        if step % self.every:
+            return
+        gp = self.make()
+        if self.evidence is not None:
+            with torch.no_grad():
+                self.evidences.append(float(gp.log_evidence(self.evidence)))
+        if self.keep:
+            self.gps.append(gp)
+        self.steps.append(step)

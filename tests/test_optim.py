@@ -11,7 +11,7 @@ from problems import CASES, F64, mlp, problem, randomized
 from torch import nn
 
 import gpytorch_dnn2gp as dnn2gp
-from gpytorch_dnn2gp import optim
+from gpytorch_dnn2gp import optim, training
 
 TOL = 1e-10
 ALGORITHMS = ["VOGGN", "OGGN", "VOGN", "OGN"]
@@ -322,3 +322,53 @@ def test_training_lowers_the_loss():
     opt = optim.VOGN(net, dnn2gp.losses.Categorical(), train_size=40, prior_precision=0.1, lr=0.1, beta=0.1)
     values = [float(opt.step(p.x, y)) for _ in range(150)]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
+
+
+# ---- runs over minibatches, and what is recorded of them
+
+
+def test_train_runs_over_all_data_and_schedules():
+    p = problem("categorical", n=7)
+    opt, hand = made("VOGN", p), made("VOGN", p)
+    hand.state["gaussian"]["generator"] = opt.state["gaussian"]["generator"]
+    values = training.train(
+        opt,
+        p.x,
+        p.y,
+        epochs=2,
+        batch_size=3,
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(opt, 0.9),
+        generator=torch.Generator().manual_seed(5),
+    )
+    generator, expected = torch.Generator().manual_seed(5), []
+    for _ in range(2):
+        for index in torch.randperm(7, generator=generator).split(3):
+            expected.append(float(hand.step(p.x[index], p.y[index])))
+            hand.param_groups[0]["lr"] *= 0.9
+    assert values == expected
+    assert torch.equal(opt.mean, hand.mean)
+
+
+def test_a_recorder_keeps_the_evidence_and_the_gps_along_training():
+    p = problem("gaussian")
+    opt, undisturbed = made("VOGGN", p), made("VOGGN", p)
+    undisturbed.state["gaussian"]["generator"] = opt.state["gaussian"]["generator"]
+    record = training.Recorder(
+        lambda: dnn2gp.VariationalGP(opt.net, opt.iterate(), p.x, p.y, p.loss()), every=2, evidence="gp", keep=True
+    )
+    training.train(opt, p.x, p.y, epochs=5, callback=record)
+    training.train(undisturbed, p.x, p.y, epochs=5)
+    assert record.steps == [2, 4] and len(record.gps) == 2
+    assert record.evidences == [gp.log_evidence("gp").item() for gp in record.gps]
+    assert torch.equal(opt.mean, undisturbed.mean)
+
+
+@pytest.mark.parametrize("method", ["adam", "lbfgs"])
+def test_a_recorder_along_map_training(method):
+    p = problem("gaussian")
+    net = copy.deepcopy(p.net)
+    record = training.Recorder(lambda: dnn2gp.LaplaceGP(net, p.x, p.y, p.loss(), 0.7), every=3)
+    fitted = training.fit(net, p.x, p.y, p.loss(), 0.7, method=method, max_iterations=9, callback=record)
+    assert record.steps == list(range(3, len(fitted.objective) + 1, 3)) and len(record.evidences) == len(record.steps)
+    plain = copy.deepcopy(p.net)
+    assert training.fit(plain, p.x, p.y, p.loss(), 0.7, method=method, max_iterations=9).objective == fitted.objective
