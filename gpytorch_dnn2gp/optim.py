@@ -513,8 +513,12 @@ def _before_loading(optimizer: GaussNewton, state_dict: dict) -> None:
     elif saved["params"][0] != own[0]:
         what = "an optimizer that keeps a " + saved["params"][0][0] + " covariance"
     else:
-        what = "another net: its parameters are " + ", ".join(saved["params"][1])
-    raise ValueError(f"This state_dict is of {what}; nothing was loaded. This one trains {', '.join(own[1])}.")
+        what = f"another net, with {_listed(saved['params'])}"
+    raise ValueError(f"This state_dict is of {what}; nothing was loaded. This one trains {_listed(own)}.")
+
+
+def _listed(identity: list[list]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(*identity[1:], strict=True))
 
 
 def derivatives(

@@ -175,7 +175,7 @@ def _require_same_weights(weights: Iterate | GaussianWeights, lin: Linearization
         raise ValueError(
             f"The iterate is of the parameters {', '.join(names)}, but the net has {', '.join(lin.param_names)}."
         )
-    require_like(mean, lin.weights, "The Gaussian", "the net")
+    require_like(mean, lin.weights, "weights.mean", "the net")
 
 
 @in_plain_mode

@@ -14,6 +14,8 @@ from test_serialization import rewritten
 from torch import nn
 
 import gpytorch_dnn2gp as dnn2gp
+from gpytorch_dnn2gp import optim
+from gpytorch_dnn2gp import weights as weight_module
 from gpytorch_dnn2gp.jacobians import NetFunction
 from gpytorch_dnn2gp.losses import Bernoulli, Categorical, Gaussian, Poisson, from_callable
 from gpytorch_dnn2gp.tiling import memory_limit
@@ -614,6 +616,231 @@ def _(tmp):
 @case("a comparison of nets that do not take the data")
 def _(tmp):
     comparison({"a": mlp(3).double()})
+
+
+# ---- training by optim, and Gaussians over weights
+
+
+def vogn(net=None, **options) -> optim.VOGN:
+    return optim.VOGN(problem("gaussian").net if net is None else net, Gaussian(0.3), **{"train_size": 6, **options})
+
+
+@case("a batch larger than train_size")
+def _(tmp):
+    vogn(train_size=5).step(X, Y)
+
+
+@case("beta out of range")
+def _(tmp):
+    vogn(beta=1.5)
+
+
+@case("beta set to zero in the midst of training")
+def _(tmp):
+    opt = vogn()
+    opt.param_groups[0]["beta"] = 0.0
+    opt.step(X, Y)
+
+
+@case("lr out of range")
+def _(tmp):
+    vogn(lr=-0.1)
+
+
+@case("momentum out of range")
+def _(tmp):
+    vogn(momentum=1.0)
+
+
+@case("a negative initial_precision")
+def _(tmp):
+    vogn(initial_precision=-1.0)
+
+
+@case("a train_size that is no number of examples")
+def _(tmp):
+    vogn(train_size=0)
+
+
+@case("mc_samples for an optimizer that draws none")
+def _(tmp):
+    optim.OGN(problem("gaussian").net, Gaussian(0.3), train_size=6, mc_samples=2)
+
+
+@case("parameters instead of the net")
+def _(tmp):
+    vogn(net=problem("gaussian").net.parameters())
+
+
+@case("an optimizer with a loss of torch's")
+def _(tmp):
+    optim.VOGN(mlp(), nn.MSELoss(), train_size=6)
+
+
+@case("NaN in a step's derivatives")
+def _(tmp):
+    class Broken(Gaussian):
+        def residual(self, f, y):
+            return super().residual(f, y) * torch.nan
+
+    optim.VOGN(problem("gaussian").net, Broken(0.3), train_size=6).step(X, Y)
+
+
+@case("an empty batch")
+def _(tmp):
+    vogn().step(X[:0], Y[:0])
+
+
+@case("parameters that get no gradient")
+def _(tmp):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(2, 1).double(), nn.Linear(2, 1).double()
+
+        def forward(self, x):
+            return self.used(x)
+
+    vogn(net=Half()).step(X, Y)
+
+
+@case("a net that normalises by the batch, to be trained by optim")
+def _(tmp):
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 1)).double()
+    vogn(net=net).step(X, Y)
+
+
+@case("a full covariance of too many weights")
+def _(tmp):
+    with memory_limit(10_000_000):
+        optim.VOGGN(mlp(width=250), Gaussian(0.3), train_size=6)
+
+
+@case("different learning rates for a full covariance")
+def _(tmp):
+    opt = optim.OGGN(problem("gaussian").net, Gaussian(0.3), train_size=6, prior_precision=[1, 2], groups=["0", "2"])
+    opt.param_groups[0]["lr"] = 0.5
+    opt.step(X, Y)
+
+
+@case("the iterate of groups with different learning rates")
+def _(tmp):
+    opt = vogn(prior_precision=[1, 2], groups=["0", "2"])
+    opt.param_groups[0]["lr"] = 0.5
+    opt.iterate()
+
+
+@case("a parameter group that is added later")
+def _(tmp):
+    vogn().add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+
+@case("an optimizer's `state_dict` of another net")
+def _(tmp):
+    vogn().load_state_dict(vogn(net=mlp(width=5).double()).state_dict())
+
+
+@case("a `state_dict` of Adam")
+def _(tmp):
+    opt = vogn()
+    opt.load_state_dict(torch.optim.Adam(opt.net.parameters()).state_dict())
+
+
+@case("a step while a posterior sample is in the net")
+def _(tmp):
+    opt = vogn()
+    with opt.posterior_sample():
+        opt.step(X, Y)
+
+
+@case("train over another number of examples than train_size")
+def _(tmp):
+    dnn2gp.training.train(vogn(train_size=7), X, Y, epochs=1)
+
+
+def gaussian_gp(weights=None, **options) -> dnn2gp.VariationalGP:
+    p = problem("gaussian")
+    weights = vogn().gaussian() if weights is None else weights
+    return dnn2gp.VariationalGP(p.net, weights, X, Y, Gaussian(0.3), **options)
+
+
+@case("an iterate of another net")
+def _(tmp):
+    gaussian_gp(vogn(net=randomized(mlp(width=5), 0)).iterate())
+
+
+@case("an iterate's GP of a batch larger than train_size")
+def _(tmp):
+    gaussian_gp(vogn(train_size=5).iterate())
+
+
+@case("weights that are no Gaussian")
+def _(tmp):
+    gaussian_gp(torch.zeros(17, dtype=F64))
+
+
+@case("a Gaussian in another dtype than the net's")
+def _(tmp):
+    q = vogn().gaussian()
+    gaussian_gp(weight_module.gaussian(q.mean.float(), variance=q.variance.float()))
+
+
+@case("a prior for an iterate, which has its own")
+def _(tmp):
+    gaussian_gp(vogn().iterate(), prior_precision=1.0)
+
+
+@case("converged for a Gaussian that was given")
+def _(tmp):
+    gaussian_gp(converged=True)
+
+
+@case("evidence of a Gaussian whose prior is not known")
+def _(tmp):
+    gaussian_gp().log_evidence()
+
+
+@case("GP evidence of a Gaussian that was given")
+def _(tmp):
+    gaussian_gp(prior_precision=1.0).log_evidence(kind="gp")
+
+
+@case("a full covariance in function space")
+def _(tmp):
+    opt = optim.VOGGN(problem("gaussian").net, Gaussian(0.3), train_size=6)
+    gaussian_gp(opt.iterate(), solver="function_space")
+
+
+@case("a covariance that is not positive definite")
+def _(tmp):
+    weight_module.gaussian(torch.zeros(2), covariance=-torch.eye(2))
+
+
+@case("a Gaussian with both a variance and a precision")
+def _(tmp):
+    weight_module.gaussian(torch.zeros(2), variance=torch.ones(2), precision=torch.ones(2))
+
+
+@case("SWAG of one set of weights")
+def _(tmp):
+    swag = weight_module.SWAG(mlp())
+    swag.collect()
+    swag.gaussian()
+
+
+@case("another optimizer for `from_ivon`")
+def _(tmp):
+    weight_module.from_ivon(torch.optim.Adam(mlp().parameters()), mlp())
+
+
+@case("a Kronecker posterior for `from_laplace`")
+def _(tmp):
+    weight_module.from_laplace(object())
+
+
+@case("draws of weights with a variance of one")
+def _(tmp):
+    dnn2gp.sampling_predictive(regression(), X, num_samples=1)
 
 
 # ---- files
