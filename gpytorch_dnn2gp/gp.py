@@ -128,6 +128,7 @@ class NetworkGP(ExactGP):
         f = lin(x).detach()
         if len(f) == 0:
             raise ValueError("There are no training examples.")
+        weight = self.model.weight(len(f))
         require_finite(f, "The net's output at the training inputs", "Scale the inputs as in training.")
         labels = loss.check_labels(y, f.shape[-1], len(f), f.dtype, f.device).detach().clone()
         self.train_inputs, self.train_targets, self.train_labels = (
@@ -143,7 +144,7 @@ class NetworkGP(ExactGP):
             self.likelihood.train_inputs = x  # whose noise it is
         if self._is_weighted:
             # (c Lambda)^-1 is the dual Gaussian's noise; the labels' own stays
-            self.likelihood.temperature = self._given_temperature / self.model.weight(len(x))
+            self.likelihood.temperature = self._given_temperature / weight
         self._added: AddedData | None = None
         self._clear_solver()
 

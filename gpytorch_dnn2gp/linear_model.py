@@ -65,8 +65,8 @@ class LinearModel:
         """c: how often each of the examples at hand counts, at each sample."""
         if self.train_size is not None and num_examples > self.train_size:
             raise ValueError(
-                f"The batch has {num_examples} examples, but the iterate's train_size is {self.train_size}: that is the "
-                "number of all training examples."
+                f"The batch has {num_examples} examples, but the iterate's train_size is {self.train_size}: that is "
+                "the number of all training examples."
             )
         scale = 1.0 if self.train_size is None else self.train_size / num_examples
         return self.rate * scale / self.num_samples

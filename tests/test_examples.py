@@ -95,3 +95,32 @@ def test_evidence_of_the_wine(tmp_path, data_dir):
     run = evidence(tmp_path, "wine-delta", *options)
     assert run.returncode == 0, run.stderr
     assert "chosen by evidence: delta = 31.6" in run.stdout and "0.0% worse" in run.stdout
+
+
+# ---- iterates of training
+
+
+def run(script, folder, *options):
+    """What a script printed, and the folder of its pictures."""
+    command = [sys.executable, ROOT / "examples" / script, "--output", folder, *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def test_iterates_shows_theorem_2(tmp_path):
+    lines = [line for line in run("iterates.py", tmp_path).splitlines() if "lr = beta" in line]
+    assert len(lines) == 6
+    for line in lines:
+        precision, mean = (float(number) for number in line.split()[-2:])
+        assert precision < 1e-9
+        full = line.split(",")[0] in ("VOGGN", "OGGN")
+        assert mean < 1e-9 if full else mean > 1e-4
+    assert (tmp_path / "iterates.png").stat().st_size > 10_000
+
+
+def test_gap_draws_its_five_pictures(tmp_path):
+    out = run("gap.py", tmp_path, "--steps", "30")
+    assert sum(line.startswith("  ") for line in out.splitlines()) == 5
+    assert (tmp_path / "gap.png").stat().st_size > 10_000
