@@ -4,7 +4,7 @@
 
 A net of 32 sigmoid units on Snelson's data without the points between 1.5 and 3. Left to right: the GP of the net
 trained by MAP (Laplace), the GP that VOGN converges to, started there (VI), draws of weights in the net itself for
-either (diagonal Gaussians), and a GP with an RBF kernel. With DNN2GP_DATA the data are Snelson's own, from that folder's
+either (diagonal Gaussians), and a GP with an RBF kernel. With DNN2GP_DATA the data are Snelson's own, of the folder's
 snelson/train_inputs.txt and train_outputs.txt; else as many points of a curve like his.
 """
 
@@ -100,9 +100,7 @@ def predictions(x: Tensor, y: Tensor, grid: Tensor, steps: int) -> dict[str, Pre
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder of the picture")
-    parser.add_argument(
-        "--steps", type=int, default=1000, help="of VOGN; L-BFGS takes up to twice as many (default 1000)"
-    )
+    parser.add_argument("--steps", type=int, default=1000, help="of VOGN, and half of L-BFGS's (default 1000)")
     arguments = parser.parse_args()
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)

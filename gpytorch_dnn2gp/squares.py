@@ -11,6 +11,9 @@ the outputs of layers. Parameters of other layers are taken by per-example Jacob
 that hooks cannot see would make a rule wrong: rules are compared with Jacobians on two examples, once, and those that
 fail are not used.
 
+``gram.sum_of_squares`` gives the same sums for a frozen net. Here outputs, ``J^T v`` and squares come of one forward pass
+through a net whose weights change between calls, as a step of training wants them.
+
 n examples, K outputs, m cotangents, P weights. Read jacobians.py first.
 """
 
@@ -60,7 +63,7 @@ class SquaredRows:
         """
         if not self._checked and len(x) > 0:
             self._check(x[:2])
-        self.function._measure(x)
+        self.function.measure(x)
         covered = sum(self._parameters[name].numel() for name in self.rules)
         per_example = 8 * self.function.activation_size + 2 * covered
         chunks = tiling.chunks(len(x), tiling.chunk_length(per_example, self.function.dtype, x.device))
