@@ -11,7 +11,7 @@ the outputs of layers. Parameters of other layers are taken by per-example Jacob
 that hooks cannot see would make a rule wrong: rules are compared with Jacobians on two examples, once, and those that
 fail are not used.
 
-``gram.sum_of_squares`` gives the same sums for a frozen net. Here outputs, ``J^T v`` and squares come of one forward pass
+``gram.sum_of_squares`` gives the same sums for a frozen net. Here outputs, ``J^T v`` and squares come of one pass
 through a net whose weights change between calls, as a step of training wants them.
 
 n examples, K outputs, m cotangents, P weights. Read jacobians.py first.
