@@ -29,7 +29,7 @@ from .gp import LaplaceGP, NetworkGP
 from .laplace import Splitting
 from .likelihoods import GGNLikelihood
 from .losses import Loss
-from .numerics import cholesky, log_det_from_cholesky
+from .numerics import cholesky, log_det
 from .prediction import StationarityWarning
 from .solvers import information_matrix
 
@@ -226,8 +226,9 @@ class BlockEvidence:
         splitting = Splitting(loss, self._f[index], self._y[index], gp.features, gp.likelihood.temperature)
         precision = self._prior(prior_precision).precision
         k = torch.einsum("g,gij->ij", precision.reciprocal(), self._gram(b, splitting))
-        factor = cholesky(information_matrix(k, splitting), "The matrix I + R^T k R of a block")
-        return splitting.data_term() - 0.5 * log_det_from_cholesky(factor)
+        b_matrix = information_matrix(k, splitting)
+        factor = cholesky(b_matrix, "The matrix I + R^T k R of a block")
+        return splitting.data_term() - 0.5 * log_det(b_matrix, factor)
 
     @torch.no_grad()
     def _gram(self, b: int, splitting: Splitting) -> Tensor:

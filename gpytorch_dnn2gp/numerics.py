@@ -182,6 +182,31 @@ def log_det_from_cholesky(factor: Tensor) -> Tensor:
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
+def log_det(a: Tensor, factor: Tensor) -> Tensor:
+    """``log|a|`` of ``a = factor factor^T``, whose gradient in ``a`` is the inverse, from the factor at hand.
+
+    A third of the work of going back through the factorisation.
+    """
+    return _LogDet.apply(a, factor)
+
+
+class _LogDet(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, factor: Tensor) -> Tensor:
+        return log_det_from_cholesky(factor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors  # with its graph, for second derivatives
+        return grad[..., None, None] * torch.cholesky_inverse(factor), None
+
+
 @torch.no_grad()
 def warn_if_cancelled(before: Tensor, after: Tensor, name: str) -> None:
     """Warn when ``after = before - something`` is so much smaller than ``before`` that rounding shows in it."""

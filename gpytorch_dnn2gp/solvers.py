@@ -33,7 +33,7 @@ from .numerics import (
     cholesky,
     conjugate_gradients,
     diagonal_blocks,
-    log_det_from_cholesky,
+    log_det,
     symmetrize,
     warn_if_cancelled,
     warn_if_inaccurate,
@@ -176,6 +176,7 @@ class _WeightSpacePosterior(Posterior):
         a = symmetrize(scale_rows(scale_rows(second, self.scale).mT, self.scale))
         a = a + torch.eye(len(a), dtype=a.dtype, device=a.device)
         self.factor = cholesky(a, "The weight-space matrix I + S^1/2 J^T Lambda J S^1/2")
+        self._log_det = log_det(a, self.factor)
         warn_if_inaccurate(a, self.factor, "The weight-space matrix")
         g = first_scale @ solver.first + prior.precision_matmul(solver.w)
         white = torch.linalg.solve_triangular(self.factor, scale_rows(g, self.scale)[:, None], upper=False)
@@ -188,7 +189,7 @@ class _WeightSpacePosterior(Posterior):
 
     @property
     def log_det(self) -> Tensor:
-        return log_det_from_cholesky(self.factor)
+        return self._log_det
 
     def _white(self, rows: Tensor) -> Tensor:
         """``L^-1 S^(1/2) J*^T`` for rows ``(q, P)``: ``(P, q)``."""
@@ -254,6 +255,7 @@ class _FunctionSpacePosterior(Posterior):
         k = self._kernel()
         b = information_matrix(k, splitting)
         self.factor = cholesky(b, "The function-space matrix I + R^T k R")
+        self._log_det = log_det(b, self.factor)
         warn_if_inaccurate(b, self.factor, "The function-space matrix", against_identity=True)
         # U S g = k v + U w;   g^T Sigma g = g^T S g - |L^-1 R^T U S g|^2
         h = (k @ v.flatten()).reshape(v.shape) + uw
@@ -273,7 +275,7 @@ class _FunctionSpacePosterior(Posterior):
 
     @property
     def log_det(self) -> Tensor:
-        return log_det_from_cholesky(self.factor)
+        return self._log_det
 
     def _root_t(self, a: Tensor) -> Tensor:
         """``a R`` for ``a`` ``(..., n m)``: R^T applied to each row."""

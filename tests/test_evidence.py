@@ -8,7 +8,7 @@ from oracle import assert_close
 from problems import CASES, F64, SOLVERS, covariance, mlp, number, problem, randomized
 
 import gpytorch_dnn2gp as dnn2gp
-from gpytorch_dnn2gp import mlls, tiling
+from gpytorch_dnn2gp import mlls, numerics, tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore::gpytorch_dnn2gp.StationarityWarning")
 
@@ -352,3 +352,25 @@ def test_one_example():
         assert torch.isfinite(mlls.leave_one_out_density(gp))
     with pytest.raises(ValueError, match="There is one example"):
         dnn2gp.fit_evidence(problem("gaussian", n=1).gp())
+
+
+# ---- log-determinants
+
+
+def test_log_det_and_its_first_two_derivatives():
+    root = torch.randn(4, 4, dtype=F64)
+    a = (root @ root.T + torch.eye(4, dtype=F64)).requires_grad_()
+
+    def function(a):
+        a = (a + a.mT) / 2
+        return numerics.log_det(a, numerics.cholesky(a, "a"))
+
+    assert_close(function(a), torch.linalg.slogdet(a).logabsdet)
+    assert torch.autograd.gradcheck(function, a) and torch.autograd.gradgradcheck(function, a)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_second_derivatives_of_the_evidence(solver):
+    gp = problem("gaussian").gp(0.7, solver=solver)
+    delta = torch.tensor([0.7], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda d: gp.log_evidence(prior_precision=d), delta)
