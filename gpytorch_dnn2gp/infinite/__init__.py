@@ -12,17 +12,23 @@ Read integrals.py first, then state.py (what travels through the net), rules.py 
 from . import integrals
 from .constructors import convolutional, fully_connected
 from .kernels import NNGPKernel, NTKKernel
+from .monte_carlo import MonteCarlo, monte_carlo
+from .one_hot import OneHotGP, SharedNoise
 from .rules import Pointwise, Weighted, rule
 from .state import State
 
 __all__ = [
+    "MonteCarlo",
     "NNGPKernel",
     "NTKKernel",
+    "OneHotGP",
     "Pointwise",
+    "SharedNoise",
     "State",
     "Weighted",
     "convolutional",
     "fully_connected",
     "integrals",
+    "monte_carlo",
     "rule",
 ]

@@ -451,10 +451,10 @@ class Numerical(Dual):
         return self._series(order.view(-1, *[1] * (p[2].dim() - 1)) * p[2], q[2], k * p[1] * q[1])
 
     def variance(self, a: Tensor) -> Tensor:
-        return self._square_mean(self.phi, a)
+        return self._square_mean(self.phi, a, False)
 
     def variance_of_derivative(self, a: Tensor) -> Tensor:
-        return self._square_mean(lambda x: slope_of(self.phi, x), a)
+        return self._square_mean(lambda x: slope_of(self.phi, x), a, True)
 
     def resolution(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> tuple[int, int]:
         """Number of nodes and of terms for variances up to the largest of ``a``, or up to ``largest``."""
@@ -528,8 +528,8 @@ class Numerical(Dual):
         zero = like.new_zeros(())
         return self.phi(zero).detach(), slope_of(self.phi, zero).detach()
 
-    def _square_mean(self, function: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-        num_nodes = self.resolution(a)[0]
+    def _square_mean(self, function: Callable[[Tensor], Tensor], a: Tensor, derivative: bool) -> Tensor:
+        num_nodes = self.resolution(a, None, derivative)[0]
         z, weights, _ = _on(_hermite_rule(num_nodes, 2), a)
         pieces = [function(s[:, None] * z).square() @ weights for s in self._pieces(safe_sqrt(a).flatten(), num_nodes)]
         return torch.cat(pieces).view(a.shape)

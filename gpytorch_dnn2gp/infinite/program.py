@@ -39,6 +39,7 @@ class Step:
         layer: what it does to states.
         exact: what it does to inputs on which nothing random has acted, ``(m, *shape)``; None for layers with weights.
         index: of a layer with weights, its place among these; else None.
+        module: its name in the net.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Step:
     layer: Layer
     exact: Callable[..., Tensor] | None = None
     index: int | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def program_of(net: nn.Module) -> Program:
         elif _is_batch_size(node, names):
             names[node] = _BATCH
         else:
-            if node.op == "call_module":
+            module_name = node.target if node.op == "call_module" else None
+            if module_name is not None:
                 module = modules[node.target]
                 place = f"{node.target!r} ({type(module).__name__})"
                 _require_unshared(module, node.target, owners)
@@ -198,7 +201,7 @@ def program_of(net: nn.Module) -> Program:
             index = None
             if isinstance(layer, Weighted):
                 index, num_weighted, exact = num_weighted, num_weighted + 1, None
-            steps.append(Step(node.name, place, tuple(names[a] for a in inputs), layer, exact, index))
+            steps.append(Step(node.name, place, tuple(names[a] for a in inputs), layer, exact, index, module_name))
             names[node] = node.name
     if num_weighted == 0:
         raise ValueError(f"{type(net).__name__} has no layer with weights, so it is no random function.")

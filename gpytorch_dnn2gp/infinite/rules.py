@@ -383,13 +383,13 @@ class Norm:
         positions: over how many axes of positions it normalises too, None for all: their variances are averaged.
         eps: as torch's.
         centred: whether the mean over channels is subtracted, which is zero for a Gaussian alone.
-        trained: whether it has a scale, and a shift, that are trained: these add K and 1 to T.
+
+    A scale and a shift of its own are at 1 and 0, as torch has them at first, and count as fixed in the NTK.
     """
 
     positions: int | None
     eps: float
     centred: bool = True
-    trained: tuple[bool, bool] = (False, False)
 
     def __call__(self, state: State) -> State:
         if self.centred and not state.gaussian:
@@ -407,10 +407,7 @@ class Norm:
             return ((mean + self.eps).rsqrt(),)
 
         (p,), (q,) = state.run.sides(state, inverse_deviation)
-        out = state.linear(lambda k: k * p * q)
-        if out.t is None or not any(self.trained):
-            return out
-        return replace(out, t=out.t + self.trained[0] * out.k + float(self.trained[1]))
+        return state.linear(lambda k: k * p * q)
 
 
 @dataclass(frozen=True)
@@ -430,7 +427,7 @@ class Dropout:
         factor = 1 / (1 - self.rate)
         if not state.full:
             return state.linear(lambda k: factor * k)
-        return state.linear(lambda k: state._with_diagonal(k, factor * state._diagonal_of(k)))
+        return state.linear(lambda k: state.with_diagonal(k, factor * state.diagonal_of(k)))
 
 
 class Add:
@@ -660,15 +657,13 @@ def _amounts(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 @rule(nn.LayerNorm)
 def _(module: nn.LayerNorm) -> Norm:
-    affine = module.elementwise_affine
-    trained = _trained(module) if affine else (False, False)
     # over the channels alone, or over these and all positions
-    return Norm(0 if len(module.normalized_shape) == 1 else None, module.eps, True, trained)
+    return Norm(0 if len(module.normalized_shape) == 1 else None, module.eps)
 
 
 @rule(nn.GroupNorm)
 def _(module: nn.GroupNorm) -> Norm:
-    return Norm(None, module.eps, True, _trained(module) if module.affine else (False, False))
+    return Norm(None, module.eps)
 
 
 @rule(F.layer_norm)
@@ -683,8 +678,7 @@ if hasattr(nn, "RMSNorm"):
     @rule(nn.RMSNorm)
     def _(module: nn.RMSNorm) -> Norm:
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        trained = module.elementwise_affine and module.weight.requires_grad
-        return Norm(0 if len(module.normalized_shape) == 1 else None, eps, False, (trained, False))
+        return Norm(0 if len(module.normalized_shape) == 1 else None, eps, centred=False)
 
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_")

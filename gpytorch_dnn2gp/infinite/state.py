@@ -116,10 +116,10 @@ class State:
             t = slope * self.t
         if self.run.within:
             variance = self.variance()
-            k = self._with_diagonal(k, dual.variance(variance))
+            k = self.with_diagonal(k, dual.variance(variance))
             if t is not None:
-                diagonal = self._diagonal_of(self.t)
-                t = self._with_diagonal(t, dual.variance_of_derivative(variance).view_as(diagonal) * diagonal)
+                diagonal = self.diagonal_of(self.t)
+                t = self.with_diagonal(t, dual.variance_of_derivative(variance).view_as(diagonal) * diagonal)
         return replace(self, k=k, t=t, gaussian=False)
 
     def weighted(self, layer: str, weight: Tensor, bias: Tensor, fan_in: int, trained: tuple[bool, bool]) -> State:
@@ -156,19 +156,21 @@ class State:
 
     def diagonal(self) -> State:
         """Only equal positions."""
-        return self.linear(self._diagonal_of, full=False) if self.full else self
+        return self.linear(self.diagonal_of, full=False) if self.full else self
 
     def variance(self) -> Tensor:
         """Of a state :class:`Within`: ``(*B, n, *S)``."""
-        k = self._diagonal_of(self.k) if self.full else self.k
+        k = self.diagonal_of(self.k) if self.full else self.k
         return k.flatten(k.dim() - self.num_position_axes - 3, k.dim() - self.num_position_axes - 1)
 
-    def _diagonal_of(self, k: Tensor) -> Tensor:
+    def diagonal_of(self, k: Tensor) -> Tensor:
+        """Of a tensor like a full ``k``: equal positions, ``(..., *S)``."""
         m = self.num_position_axes
         flat = k.flatten(-2 * m, -m - 1).flatten(-m)  # (..., P, P)
         return flat.diagonal(dim1=-2, dim2=-1).unflatten(-1, self.positions)
 
-    def _with_diagonal(self, k: Tensor, diagonal: Tensor) -> Tensor:
+    def with_diagonal(self, k: Tensor, diagonal: Tensor) -> Tensor:
+        """The same with other values there."""
         m = self.num_position_axes
         flat = k.flatten(-2 * m, -m - 1).flatten(-m)
         diagonal = diagonal.reshape(flat.shape[:-1])
