@@ -3,17 +3,17 @@
     python examples/lee2017.py --data FOLDER              MNIST and CIFAR-10, ReLU and tanh, 1k and 10k training points
     python examples/lee2017.py                            the same on scikit-learn's digits, which need no folder
 
-1. Table 1: one-hot regression with an infinitely wide fully connected net at the table's best (depth, sigma_w^2, sigma_b^2):
-   our test accuracy beside theirs.
+1. Table 1: one-hot regression with an infinitely wide fully connected net at the table's best depth, sigma_w^2 and
+   sigma_b^2: our test accuracy beside theirs.
 2. Figure 2: predicted variance against realised squared error, each point a mean over 100 test points, with the rank
    correlation (depth 3, sigma_w^2 = 2, sigma_b^2 = 0.2).
-3. Evidence: what they left to future work. Depth, sigma_w^2 and sigma_b^2 by marginal likelihood on the 1,000 training points,
-   without a validation set: test accuracy beside the table's.
+3. Evidence: what they left to future work. Depth, sigma_w^2 and sigma_b^2 by marginal likelihood on the 1,000 training
+   points, without a validation set: test accuracy beside the table's.
 
 Every finished row is kept in OUTPUT/lee2017.json: a run that was stopped goes on where it was.
 
-FOLDER holds mnist/train-images-idx3-ubyte.gz and the three files that belong to it, and cifar10/*.npz with train_x, train_y,
-test_x, test_y (n, 32, 32, 3). Their 50k and 45k rows: --sizes 50000 45000, where the files hold as many.
+FOLDER holds mnist/train-images-idx3-ubyte.gz and the three files that belong to it, and cifar10/*.npz with train_x,
+train_y, test_x, test_y (n, 32, 32, 3). Their 50k and 45k rows: --sizes 50000 45000, where the files hold as many.
 """
 
 import argparse
@@ -155,13 +155,16 @@ def table_1(names, sizes, activations, num_subsets, data, results, show) -> None
             print(f"{name} has {total:,} training points here, fewer than {n:,}: left out")
             continue
 
-        def compute(name=name, n=n, activation=activation, depth=depth, weight=weight, bias=bias, i=i, total=total) -> dict:
-            row = classify(data[name], subset(n, i, total), depth, activation, weight, bias)
-            return {"accuracy": row["accuracy"]}
+        chosen = data[name], subset(n, i, total), depth, activation, weight, bias
+
+        def compute(chosen=chosen) -> dict:
+            return {"accuracy": classify(*chosen)["accuracy"]}
 
         results.get(f"table {name} {n} {activation} {i}", compute)
     print("\nTable 1: test accuracy, one-hot regression at the table's hyperparameters")
-    print(f"{'data':>8} {'n':>6} {'phi':>5} {'depth':>6} {'s_w^2':>6} {'s_b^2':>6} {'ours':>8} {'spread':>7} {'Lee et al.':>10}")
+    print(
+        f"{'data':>8} {'n':>6} {'phi':>5} {'depth':>6} {'s_w^2':>6} {'s_b^2':>6} {'ours':>8} {'spread':>7} {'Lee et al.':>10}"
+    )
     for key in keys:
         found = [v["accuracy"] for k, v in results.rows.items() if k.startswith("table {} {} {} ".format(*key))]
         if not found:
@@ -188,7 +191,9 @@ def figure_2(names, size, data, results, folder: Path) -> None:
             groups = np.array_split(order, max(1, len(order) // 100))
             points = np.array([(variance[g].mean(), error[g].mean()) for g in groups])
             binned, single = spearmanr(*points.T).statistic, spearmanr(variance, error).statistic
-            print(f"{name:>8} {activation:>5} n = {n}: rank correlation {binned:.3f} binned, {single:.3f} of single points")
+            print(
+                f"{name:>8} {activation:>5} n = {n}: rank correlation {binned:.3f} binned, {single:.3f} of single points"
+            )
             ax.plot(*points.T, ".", color=color, label=f"{activation}: rank correlation {binned:.2f}")
         ax.set(xlabel="predicted variance", ylabel="realised squared error", title=f"{name}, n = {n}")
         ax.legend()
@@ -206,7 +211,9 @@ def by_evidence(names, activations, depths, num_subsets, steps, data, results, s
 
         results.get(f"evidence {name} {activation} {depth} {i}", compute)
     print("\nEvidence: depth, sigma_w^2, sigma_b^2 and noise chosen on the 1,000 training points alone")
-    print(f"{'data':>8} {'phi':>5} {'depth':>12} {'s_w^2':>6} {'s_b^2':>6} {'ours':>8} {'spread':>7} {'Lee et al.':>10}")
+    print(
+        f"{'data':>8} {'phi':>5} {'depth':>12} {'s_w^2':>6} {'s_b^2':>6} {'ours':>8} {'spread':>7} {'Lee et al.':>10}"
+    )
     for name in names:
         for activation in activations:
             best = []

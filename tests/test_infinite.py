@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import gpytorch
 import pytest
@@ -448,3 +451,123 @@ def finite_net(h: dict, weights: dict) -> tuple[nn.Module, bool]:
             layers.append(nn.ReLU() if h["activation"] == "relu" else nn.Tanh())
             layers += [nn.AvgPool2d(2)] if convolution and h.get("avgpool") else []
     return nn.Sequential(*layers), h["kind"] == "cnn"
+
+
+@pytest.mark.parametrize("kind", ["nngp", "ntk"])
+def test_wide_nets_converge_to_the_kernel(kind):
+    """The spread of one draw falls as 1/sqrt(width), the bias of the mean as 1/width."""
+    net = fully_connected_net()
+    x = torch.randn(4, 3, dtype=F64)
+    make = infinite.NNGPKernel if kind == "nngp" else infinite.NTKKernel
+    kernel = make(net, [1.5, 2.5, 1.0], [0.1, 0.2, 0.3])
+    widths, draws = ((4, 16, 64), 300) if kind == "nngp" else ((4, 16, 64), 100)
+    result = infinite.monte_carlo(net, x, widths, draws, kernel, torch.Generator().manual_seed(0), progress=False)
+    spread, error, noise = (v.tolist() for v in (result.spread, result.error, result.noise))
+    for narrow, wide in ((0, 1), (1, 2)):  # width times four
+        assert 0.35 < spread[wide] / spread[narrow] < 0.7
+    assert error[2] < 4 * noise[2]
+    assert error[0] < 4 * noise[0] + 1.0 / widths[0]
+    assert error[2] < error[0]
+    assert result.plot().get_xlabel() == "width"
+    assert "spread" in repr(result)
+
+
+def fully_connected_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 2)).double()
+
+
+def test_the_bias_of_narrow_nets_falls_as_one_over_the_width():
+    """Of the mean over very many draws, for which the spread is small against it."""
+    x = torch.tensor([[1.0], [-0.5]], dtype=F64)
+    net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2), Square(), nn.Linear(2, 1)).double()
+    kernel = infinite.NNGPKernel(net, 1.0, 0.0)
+    result = infinite.monte_carlo(net, x, (2, 8), 3000, kernel, torch.Generator().manual_seed(1), progress=False)
+    assert result.error[0] > 5 * result.noise[0]
+    assert 2.5 < result.error[0] / result.error[1] < 6.5
+
+
+class Square(nn.Module):
+    def forward(self, x):
+        return torch.square(x)
+
+
+@pytest.mark.parametrize("kind", [infinite.NNGPKernel, infinite.NTKKernel])
+def test_wide_nets_of_every_layer(kind):
+    class Everything(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.branch = (
+                nn.Conv2d(2, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+            )
+            self.group, self.layer = nn.GroupNorm(2, 4), nn.LayerNorm([4, 2, 2])
+            self.pool, self.pad, self.readout = nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.Linear(36, 1)
+
+        def forward(self, x):
+            h = self.stem(x)
+            h = h + 0.7 * self.branch(torch.relu(self.group(h)))
+            h = nn.functional.gelu(self.layer(self.pool(h)))
+            return self.readout((-self.pool(self.pad(self.pad(h)))).flatten(1))
+
+    net, x = Everything().double(), images(4, 2, 4, 4)
+    kernel = kind(net, 1.6, 0.1, input_shape=(2, 4, 4))
+    result = infinite.monte_carlo(net, x, 48, 20, kernel, torch.Generator().manual_seed(0), progress=False)
+    assert result.error[0] < 4 * result.noise[0]
+
+
+# ---- classification, BoTorch
+
+
+def test_one_hot_regression_takes_one_cholesky_for_all_classes(monkeypatch):
+    x, y = torch.randn(40, 3, dtype=F64), torch.arange(40) % 4
+    gp = infinite.OneHotGP(x, y, kernel_of("nngp"), noise=0.1)
+    shapes, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda a, *args, **kw: (shapes.append(a.shape), cholesky(a, *args, **kw))[1]
+    )
+    evidence = gp.evidence()
+    assert shapes == [(40, 40)]
+    covariance = dense(gp.covar_module, x) + 0.1 * torch.eye(40, dtype=F64)
+    targets = nn.functional.one_hot(y, 4).double() - 0.25
+    normal = torch.distributions.MultivariateNormal(torch.zeros(40, dtype=F64), covariance)
+    torch.testing.assert_close(evidence, normal.log_prob(targets.mT).sum())
+    evidence.backward()
+    assert all(p.grad.isfinite().all() and (p.grad != 0).all() for p in gp.parameters())
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)
+    torch.testing.assert_close(40 * mll(gp(x), gp.train_targets).sum(), evidence)
+    z = torch.randn(6, 3, dtype=F64)
+    mean, variance = gp.predict(z)
+    gp.eval()
+    torch.testing.assert_close(gp(z).mean.mT, mean)
+    torch.testing.assert_close(gp(z).variance, variance.expand(4, 6))
+    assert gp.predict(torch.cat([z, x]))[0].shape == (46, 4)
+
+
+def test_a_surrogate_for_botorch():
+    code = """
+import torch, botorch
+from botorch.acquisition import LogExpectedImprovement
+from botorch.models import SingleTaskGP
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from torch import nn
+from gpytorch_dnn2gp import infinite
+torch.manual_seed(0)
+x = torch.rand(12, 2, dtype=torch.float64)
+y = torch.sin(5 * x[:, :1]) + x[:, 1:]
+net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+for kernel in (infinite.NNGPKernel(net), infinite.NTKKernel(net)):
+    model = SingleTaskGP(x, y, covar_module=kernel)
+    mll = ExactMarginalLogLikelihood(model.likelihood, model)
+    model.train()
+    before = float(mll(model(*model.train_inputs), model.train_targets))
+    botorch.fit_gpytorch_mll(mll)
+    model.train()
+    assert float(mll(model(*model.train_inputs), model.train_targets)) > before
+    acquisition = LogExpectedImprovement(model.eval(), best_f=y.max())
+    bounds = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    point, value = botorch.optim.optimize_acqf(acquisition, bounds, q=1, num_restarts=2, raw_samples=16)
+    assert value.isfinite() and point.shape == (1, 2)
+"""
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,12 +1,12 @@
 """Time of infinite-width kernels, beside neural-tangents where that is installed.
 
-1,000 x 1,000 kernels of fully connected nets on 784 inputs, and 100 x 100 of a convolutional net with pooling on images of
-3 x 16 x 16. Best of some repetitions; for neural-tangents compilation is excluded.
+1,000 x 1,000 kernels of fully connected nets on 784 inputs, and 100 x 100 of a convolutional net with pooling on images
+of 3 x 16 x 16. Best of some repetitions; for neural-tangents compilation is excluded.
 
     python examples/benchmarks/infinite_width.py [--threads 2] [--peer-python PYTHON [--peer-path FOLDER]]
 
-PYTHON is an interpreter, of another environment, that imports neural_tangents; FOLDER is put before its path. Without it the
-peer's columns stay empty. With --data FOLDER the images are CIFAR-10's (cifar10/*.npz), pooled 2 x 2; else random.
+PYTHON is an interpreter, of another environment, that imports neural_tangents; FOLDER is put before its path. Without
+it the peer's columns stay empty. With --data FOLDER the images are CIFAR-10's (cifar10/*.npz), pooled 2 x 2; else random.
 """
 
 import argparse
@@ -38,7 +38,8 @@ else:
     layers = [conv(), phi(), stax.AvgPool((2, 2), (2, 2)), conv(), phi(), stax.GlobalAvgPool()]
 kernel_fn = stax.serial(*layers, stax.Dense(1, W_std=w, b_std=b))[2]
 if job["kind"] == "fc":
-    f = {"within": jax.jit(lambda x: kernel_fn(x, None, "nngp")), "across": jax.jit(lambda x: kernel_fn(x, x[::-1], "nngp"))}
+    within, across = (lambda x: kernel_fn(x, None, "nngp")), (lambda x: kernel_fn(x, x[::-1], "nngp"))
+    f = {"within": jax.jit(within), "across": jax.jit(across)}
 else:
     batched = nt.batch(kernel_fn, batch_size=job["batch"])
     f = {"within": lambda x: batched(x, None, "nngp"), "across": lambda x: batched(x, x[::-1], "nngp")}
@@ -67,12 +68,12 @@ def images(folder: Path | None) -> np.ndarray:
     return (x - x.mean()) / x.std()
 
 
-def best(call, repeats: int) -> float:
-    call()
+def best(repeats: int, kernel, *inputs) -> float:
+    kernel(*inputs).to_dense()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        call()
+        kernel(*inputs).to_dense()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -95,7 +96,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(describe("gpytorch"))
     vectors = np.random.default_rng(0).standard_normal((1000, 784))
-    jobs = [("fc", activation, depth, dtype) for activation, depth in FULLY_CONNECTED for dtype in ("float32", "float64")]
+    jobs = [
+        ("fc", activation, depth, dtype) for activation, depth in FULLY_CONNECTED for dtype in ("float32", "float64")
+    ]
     jobs += [] if arguments.skip_images else [("conv", "relu", 2, "float32")]
     print(f"{'net':>18} {'dtype':>8} {'pairs':>7} {'ours':>8} {'peer':>8} {'ratio':>6}")
     versions = None
@@ -120,8 +123,8 @@ def main() -> None:
         kernel = kernel.to(inputs)
         with torch.no_grad():
             ours = {
-                "within": best(lambda: kernel(inputs).to_dense(), repeats),
-                "across": best(lambda: kernel(inputs, inputs.flip(0)).to_dense(), repeats),
+                "within": best(repeats, kernel, inputs),
+                "across": best(repeats, kernel, inputs, inputs.flip(0)),
             }
             corner = kernel(inputs[:3], inputs.flip(0)[:3]).to_dense()
         peer = {}

@@ -55,7 +55,7 @@ class MonteCarlo:
 
     @property
     def error(self) -> Tensor:
-        """Distance of the mean from the kernel, relative, in the Frobenius norm, ``(W,)``; at least about :attr:`noise`."""
+        """Distance of the mean from the kernel, relative, in the Frobenius norm, ``(W,)``; :attr:`noise` is in it."""
         return self._relative(self.mean - self.kernel)
 
     @property
@@ -114,8 +114,8 @@ def monte_carlo(
         x: ``(n, d)``; images flattened, as for the kernel.
         width: one, or several, which show the convergence.
         draws: of all weights, for each width.
-        kernel: whose variances are drawn from; an :class:`NTKKernel` is compared with the gradients of the nets. By default
-            ``NNGPKernel(net)``.
+        kernel: whose variances are drawn from; an :class:`NTKKernel` is compared with the gradients of the nets. By
+            default ``NNGPKernel(net)``.
         generator: of the draws.
         progress: True, False, or None for a bar on terminals only.
 
@@ -128,7 +128,9 @@ def monte_carlo(
         raise ValueError(f"widths and draws must be positive; got width={width}, draws={draws}.")
     ntk = isinstance(kernel, NTKKernel)
     if ntk and kernel.parameterization != "ntk":
-        raise ValueError("The NTK in the standard parameterization grows with the width; compare parameterization='ntk'.")
+        raise ValueError(
+            "The NTK in the standard parameterization grows with the width; compare parameterization='ntk'."
+        )
     if kernel.batch_shape or x.dim() != 2:
         raise ValueError("A batch of kernels or of inputs cannot be compared; take them one by one.")
     program = program_of(net)
@@ -165,7 +167,9 @@ def _widened(net: nn.Module, program: Program, width: int, outputs: int, x: Tens
         old = wide.get_submodule(step.module)
         make = next((lazy for kind, lazy in _LAZY.items() if type(old) is kind), None)
         if make is None:
-            raise ValueError(f"{step.place} is a layer of your own, which cannot be made wider; compare a net without it.")
+            raise ValueError(
+                f"{step.place} is a layer of your own, which cannot be made wider; compare a net without it."
+            )
         options = {name: getattr(old, name) for name in _CONVOLUTION if hasattr(old, name)}
         size = outputs if step.name in readouts else width
         new = make(size, bias=old.bias is not None, dtype=x.dtype, device=x.device, **options)

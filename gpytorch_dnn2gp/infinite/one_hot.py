@@ -1,6 +1,6 @@
 """Classification as regression on one-hot targets (Lee et al. 2018): an ``ExactGP`` with one Cholesky for all classes.
 
-    t_ik = 1[class of i is k] - 1/K,   f_k ~ GP(0, k) independent,   t_ik = f_k(x_i) + noise
+t_ik = 1[class of i is k] - 1/K,   f_k ~ GP(0, k) independent,   t_ik = f_k(x_i) + noise
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class OneHotGP(ExactGP):
     ) -> None:
         if classes.dim() != 1 or len(classes) != train_x.shape[-2] or classes.is_floating_point():
             raise ValueError(
-                f"classes must be integers, one for each of the {train_x.shape[-2]} inputs; got {classes.dtype} of shape "
-                f"{tuple(classes.shape)}."
+                f"classes must be integers, one for each of the {train_x.shape[-2]} inputs; got {classes.dtype} of "
+                f"shape {tuple(classes.shape)}."
             )
         largest = int(classes.max()) + 1 if len(classes) else 0
         K = largest if num_classes is None else num_classes
@@ -77,13 +77,15 @@ class OneHotGP(ExactGP):
 
     @torch.no_grad()
     def predict(self, x: Tensor, progress: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Means ``(m, K)`` of the targets, the largest is the class, and the variance ``(m,)`` that all classes share.
+        """Means ``(m, K)`` of the targets, the largest for the class, and the variance ``(m,)`` that all share.
 
-        In chunks, with a progress bar (True, False, or None for terminals only). The variance is that of f, without noise.
+        In chunks, with a progress bar (True, False, or None for terminals only). The variance is f's, without noise.
         """
         train_x, targets = self.train_inputs[0], self.train_targets
         K = self.covar_module(train_x).to_dense()
-        tiling.require_memory(2 * K.numel(), K.dtype, K.device, "The kernel matrix with its factor", "Use fewer points.")
+        tiling.require_memory(
+            2 * K.numel(), K.dtype, K.device, "The kernel matrix with its factor", "Use fewer points."
+        )
         K.diagonal().add_(self.likelihood.noise)
         root = cholesky(K, "The kernel matrix with its noise")
         weights = torch.cholesky_solve(targets.mT, root)  # (n, K)
@@ -95,4 +97,3 @@ class OneHotGP(ExactGP):
             inner = torch.linalg.solve_triangular(root, across.mT, upper=False)
             variances.append(self.covar_module(x[part], diag=True) - inner.square().sum(0))
         return torch.cat(means), torch.cat(variances)
-
