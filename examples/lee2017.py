@@ -163,7 +163,8 @@ def table_1(names, sizes, activations, num_subsets, data, results, show) -> None
         results.get(f"table {name} {n} {activation} {i}", compute)
     print("\nTable 1: test accuracy, one-hot regression at the table's hyperparameters")
     print(
-        f"{'data':>8} {'n':>6} {'phi':>5} {'depth':>6} {'s_w^2':>6} {'s_b^2':>6} {'ours':>8} {'spread':>7} {'Lee et al.':>10}"
+        f"{'data':>8} {'n':>6} {'phi':>5} {'depth':>6} {'s_w^2':>6} {'s_b^2':>6} "
+        f"{'ours':>8} {'spread':>7} {'Lee et al.':>10}"
     )
     for key in keys:
         found = [v["accuracy"] for k, v in results.rows.items() if k.startswith("table {} {} {} ".format(*key))]
@@ -192,7 +193,7 @@ def figure_2(names, size, data, results, folder: Path) -> None:
             points = np.array([(variance[g].mean(), error[g].mean()) for g in groups])
             binned, single = spearmanr(*points.T).statistic, spearmanr(variance, error).statistic
             print(
-                f"{name:>8} {activation:>5} n = {n}: rank correlation {binned:.3f} binned, {single:.3f} of single points"
+                f"{name:>8} {activation:>5} n = {n}: rank correlation {binned:.3f} binned, {single:.3f} single points"
             )
             ax.plot(*points.T, ".", color=color, label=f"{activation}: rank correlation {binned:.2f}")
         ax.set(xlabel="predicted variance", ylabel="realised squared error", title=f"{name}, n = {n}")

@@ -904,6 +904,119 @@ def _(tmp):
     regression().load_state_dict(regression(x=X + 0.1).state_dict())
 
 
+# ---- infinite width
+
+
+def wide_kernel(*layers, shape=None, x=None, **options):
+    net = nn.Sequential(*layers).double()
+    kernel = dnn2gp.infinite.NNGPKernel(net, input_shape=shape, **options)
+    return kernel(X if x is None else x).to_dense()
+
+
+@case("attention, at infinite width")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 4), nn.TransformerEncoderLayer(4, 1), nn.Linear(4, 1))
+
+
+@case("a layer without a rule")
+def _(tmp):
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2)))
+    dnn2gp.infinite.NNGPKernel(net)
+
+
+@case("a function without a rule")
+def _(tmp):
+    class Sums(nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, -1)
+
+    wide_kernel(nn.Linear(2, 4), Sums(), nn.Linear(4, 1))
+
+
+@case("a net that ends in an activation")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 4), nn.ReLU())
+
+
+@case("a net whose output has positions")
+def _(tmp):
+    wide_kernel(nn.Conv2d(2, 4, 3, padding=1), shape=(2, 4, 4), x=torch.ones(1, 32, dtype=F64))
+
+
+@case("an activation of an activation")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 1))
+
+
+@case("a layer that is used twice")
+def _(tmp):
+    layer = nn.Linear(2, 2)
+    wide_kernel(layer, nn.ReLU(), layer)
+
+
+@case("a sum of branches that depend on each other")
+def _(tmp):
+    class Both(nn.Module):
+        def forward(self, x):
+            return x + torch.relu(x)
+
+    wide_kernel(nn.Linear(2, 4), Both(), nn.Linear(4, 1))
+
+
+@case("a net of images without `input_shape`")
+def _(tmp):
+    wide_kernel(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 1), x=torch.ones(1, 32, dtype=F64))
+
+
+@case("inputs of another width for a kernel")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1), x=torch.ones(1, 3, dtype=F64))
+
+
+@case("inputs of another dtype for a kernel")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 1), x=X.float())
+
+
+@case("a negative bias variance")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(2, "relu", 1.0, -0.1)
+
+
+@case("a weight variance of zero")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(2, "relu", 0.0)
+
+
+@case("variances for another number of layers")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(2, "relu", [1.0, 2.0])
+
+
+@case("an activation by an unknown name")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(2, "rely")
+
+
+@case("an activation that is not pointwise")
+def _(tmp):
+    def softmax(x):
+        return torch.softmax(x, -1).sum(-1)
+
+    dnn2gp.infinite.fully_connected(2, softmax)
+
+
+@case("a depth of zero")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(0)
+
+
+@case("NaN in inputs of a kernel")
+def _(tmp):
+    wide_kernel(nn.Linear(2, 1), x=with_entry(X, (3, 1), torch.nan))
+
+
 # ---- the table
 
 

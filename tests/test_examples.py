@@ -124,3 +124,19 @@ def test_gap_draws_its_five_pictures(tmp_path):
     out = run("gap.py", tmp_path, "--steps", "30")
     assert sum(line.startswith("  ") for line in out.splitlines()) == 5
     assert (tmp_path / "gap.png").stat().st_size > 10_000
+
+
+def test_lee2017_goes_on_where_it_stopped(tmp_path):
+    """On scikit-learn's digits, small: a table, a picture, the evidence; the second run computes nothing again."""
+    options = ["--subsets", "1", "--depths", "1", "--steps", "3", "--figure-size", "200", "--activations", "relu"]
+    command = [sys.executable, ROOT / "examples" / "lee2017.py", *options, "--output", tmp_path, "--quiet"]
+    outputs = []
+    for _ in range(2):
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout)
+        stamp = (tmp_path / "lee2017.json").stat().st_mtime_ns
+        outputs.append(stamp)
+    assert outputs[:2] == outputs[2:]
+    assert "rank correlation" in outputs[0] and "Evidence" in outputs[0]
+    assert (tmp_path / "lee2017_figure2.png").read_bytes().startswith(b"\x89PNG")

@@ -5,8 +5,8 @@ of 3 x 16 x 16. Best of some repetitions; for neural-tangents compilation is exc
 
     python examples/benchmarks/infinite_width.py [--threads 2] [--peer-python PYTHON [--peer-path FOLDER]]
 
-PYTHON is an interpreter, of another environment, that imports neural_tangents; FOLDER is put before its path. Without
-it the peer's columns stay empty. With --data FOLDER the images are CIFAR-10's (cifar10/*.npz), pooled 2 x 2; else random.
+PYTHON is an interpreter, of another environment, that imports neural_tangents; FOLDER stands before its path. Without
+it the peer's columns stay empty. With --data FOLDER the images are CIFAR-10's pooled 2 x 2; else noise.
 """
 
 import argparse

@@ -456,7 +456,9 @@ class Numerical(Dual):
     def variance_of_derivative(self, a: Tensor) -> Tensor:
         return self._square_mean(lambda x: slope_of(self.phi, x), a, True)
 
-    def resolution(self, a: Tensor, largest: float | None = None, derivative: bool = True) -> tuple[int, int]:
+    def resolution(
+        self, a: Tensor, largest: float | None = None, derivative: bool = True, warn: bool = True
+    ) -> tuple[int, int]:
         """Number of nodes and of terms for variances up to the largest of ``a``, or up to ``largest``."""
         if largest is None:
             largest = float(a.detach().max()) if a.numel() else 0.0
@@ -469,7 +471,7 @@ class Numerical(Dual):
         if key not in self._known:
             self._known[key] = self._find_resolution(2.0 ** (level / 4), tolerance, derivative)
         num_nodes, num_terms, missing = self._known[key]
-        if missing > (self.tolerance or 1e3 * tolerance):
+        if warn and missing > (self.tolerance or 1e3 * tolerance):
             warnings.warn(
                 f"The series of {self.name} is cut after {num_terms} terms: at variance {largest:.3g} its duals may be "
                 f"off by {missing:.0e} relative, near correlation one. Smaller variances or smoother activations help.",
@@ -529,7 +531,7 @@ class Numerical(Dual):
         return self.phi(zero).detach(), slope_of(self.phi, zero).detach()
 
     def _square_mean(self, function: Callable[[Tensor], Tensor], a: Tensor, derivative: bool) -> Tensor:
-        num_nodes = self.resolution(a, None, derivative)[0]
+        num_nodes = self.resolution(a, None, derivative, warn=False)[0]  # the series is not used
         z, weights, _ = _on(_hermite_rule(num_nodes, 2), a)
         pieces = [function(s[:, None] * z).square() @ weights for s in self._pieces(safe_sqrt(a).flatten(), num_nodes)]
         return torch.cat(pieces).view(a.shape)
