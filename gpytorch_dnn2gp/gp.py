@@ -683,7 +683,7 @@ class NetworkGP(ExactGP):
         """The sums over the data, taken once, or given; again only where the rows themselves depend on the noise."""
         key = (splitting.unit().loss.noise.detach(),) if self.features == "gradient" and self.noise is not None else ()
         if self.model.given is not None:
-            return solvers.Given(self.model.given)
+            return solvers.Given(self.model.given, self._training_rows(splitting))
         if self._solver is None or not _same(self._solver[0], key):
             solver = self._solver_class()(
                 self._training_rows(splitting),

@@ -556,21 +556,26 @@ class DiagonalPosterior(Posterior):
 
 
 class Given(Solver):
-    """A Gaussian over weights that was given, from SWAG or IVON, say: the data are in it, and nothing is solved for."""
+    """A Gaussian over weights that was given, from SWAG or IVON, say: the data are in it, and nothing is solved for.
 
-    def __init__(self, weights: GaussianWeights) -> None:
-        self._weights = weights
+    Args:
+        weights: the Gaussian.
+        rows: U at the training inputs, which the evidence alone reads.
+    """
+
+    def __init__(self, weights: GaussianWeights, rows: Rows) -> None:
+        self.rows, self._weights = rows, weights
 
     def _prepare(self, unit, groups, base_variance, progress):
         pass
 
     def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
-        return _GivenPosterior(self._weights, prior)
+        return _GivenPosterior(self._weights, prior, splitting, self.rows)
 
 
 class _GivenPosterior(Posterior):
-    def __init__(self, weights: GaussianWeights, prior: Prior) -> None:
-        self._weights, self._prior = weights, prior
+    def __init__(self, weights: GaussianWeights, prior: Prior, splitting: Splitting, rows: Rows) -> None:
+        self._weights, self._prior, self._splitting, self._rows = weights, prior, splitting, rows
         self._step = torch.zeros_like(weights.mean)
         self.newton_decrement = self._step.sum()
 
@@ -580,8 +585,13 @@ class _GivenPosterior(Posterior):
 
     @property
     def log_det(self) -> Tensor:
-        # log|S Sigma^-1|
-        return self._prior.variance.log().sum() - self._weights.log_det()
+        # log|S Sigma^-1| + tr((S^-1 + U^T D U) Sigma) - P: with it the evidence is the linear model's ELBO, a lower
+        # bound, and the last terms vanish where Sigma is the posterior
+        variance = self._prior.variance
+        blocks = self.covariance_blocks(self._rows)
+        trace = self._splitting.apply_precision(blocks.movedim(-1, 0)).diagonal(dim1=0, dim2=-1).sum()
+        trace = trace + (self._weights.marginal_variance() / variance).sum()
+        return variance.log().sum() - self._weights.log_det() + trace - len(variance)
 
     def covariance(self, rows: Rows) -> Tensor:
         return symmetrize(self.cross_covariance(rows, rows))

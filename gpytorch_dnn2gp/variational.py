@@ -43,7 +43,8 @@ class VariationalGP(NetworkGP):
 
     Of a Gaussian of ``weights`` it is ``f ~ N(f_m(x), J Sigma_w J^T)`` at any x, J at the mean; the data are in it
     already, and ``train_x``, ``train_y`` serve the evidence and what is conditioned on later. The evidence compares it
-    with the prior, so it needs ``prior_precision``.
+    with the prior, so it needs ``prior_precision``: it is the linear model's ELBO, a lower bound of the Laplace
+    evidence, and equal to it where Sigma_w is Laplace's.
 
     Everything that :class:`LaplaceGP` offers works on both.
 

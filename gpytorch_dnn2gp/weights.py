@@ -193,6 +193,10 @@ class GaussianWeights(ABC):
     def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:
         """Draws, ``(*sample_shape, P)``."""
 
+    def marginal_variance(self) -> Tensor:
+        """Diagonal of Sigma, ``(P,)``."""
+        return self.covariance().diagonal()
+
     def log_det(self) -> Tensor:
         """``log|Sigma|``."""
         raise ValueError(f"The determinant of a {type(self).__name__}, known by its products alone, is not offered.")
@@ -229,6 +233,9 @@ class DiagonalGaussian(GaussianWeights):
         require_positive(variance.detach(), "variance")
         self.mean = mean
         self.variance = variance
+
+    def marginal_variance(self) -> Tensor:
+        return self.variance
 
     def log_det(self) -> Tensor:
         return self.variance.log().sum()
@@ -365,6 +372,9 @@ class LowRankGaussian(GaussianWeights):
             )
         inner = self.root.mT @ (self.root / self.variance[:, None])
         return cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device), "I + R^T D^-1 R")
+
+    def marginal_variance(self) -> Tensor:
+        return self.variance + self.root.square().sum(-1)
 
     def log_det(self) -> Tensor:
         return log_det_from_cholesky(self._inner()) + self.variance.log().sum()

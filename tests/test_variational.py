@@ -138,6 +138,16 @@ def test_the_evidence_of_a_given_gaussian_is_laplaces_with_its_covariance():
     assert_close(gp.stationarity().newton_decrement, laplace.stationarity().newton_decrement)
     assert_close(gp(p.x_test).covariance_matrix, laplace(p.x_test).covariance_matrix)
     assert_close(gp(p.x_test).mean, gp.linearization(p.x_test))
+    # for any other Gaussian it is the ELBO of the linear model: never above
+    d = p.dense(0.7)
+    for other in (1.3 * torch.diag(q.covariance().diagonal()), 2.0 * q.covariance()):
+        gp = variational(p, weights.gaussian(q.mean, covariance=other), prior_precision=0.7)
+        kl = (
+            torch.trace(0.7 * other) - len(q.mean) - torch.linalg.slogdet(0.7 * other).logabsdet + 0.7 * q.mean @ q.mean
+        )
+        assert_close(gp.log_evidence(), -d.nll - 0.5 * torch.trace(d.ggn @ other) - 0.5 * kl)
+        assert gp.log_evidence().item() < laplace.log_evidence().item()
+    gp = variational(p, q, prior_precision=0.7)
     known = weights.gaussian(q.mean, covariance=q.covariance(), prior_precision=0.7)
     assert_close(variational(p, known).log_evidence(), laplace.log_evidence())
     with pytest.raises(ValueError, match="prior_precision="):
@@ -247,6 +257,7 @@ def test_any_gaussian_has_its_products(kind):
     assert_close(q.precision(), torch.linalg.inv(cov))
     assert_close(q.covariance_matmul(v), v @ cov)
     assert_close(q.precision_matmul(v), v @ torch.linalg.inv(cov))
+    assert_close(q.marginal_variance(), cov.diagonal())
     assert_close(q.log_det(), torch.linalg.slogdet(cov).logabsdet)
     draws = q.rsample((40_000,), torch.Generator().manual_seed(0))
     assert_close(torch.cov(draws.T), cov, 0.05)
