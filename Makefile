@@ -47,6 +47,7 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/grams.py $(PEERS)
 	$(BIN)/python examples/benchmarks/wide_outputs.py
+	$(BIN)/python examples/benchmarks/evidence_gradient.py
 	$(BIN)/python examples/benchmarks/vogn_mnist.py
 
 lint: $(READY)
