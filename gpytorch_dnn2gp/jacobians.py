@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class NetFunction:
         self._has_rnn = any(isinstance(module, nn.RNNBase) for module in net.modules())
         self._vmap_works: bool | None = None
         self._vmap_differentiates: bool | None = None
+        self._checked: dict[tuple, bool] = {}
         self._forward_mode_works: bool | None = None
         self.capture_by_vmap: bool | None = None  # as the two above, for gram/capture.py
         self.covered: dict[torch.Size, dict[str, list[str]]] = {}  # and for gram/coverage.py
@@ -154,6 +155,10 @@ class NetFunction:
     def num_rows(self, x: Tensor, cotangents: Tensor | None = None) -> int:
         """Rows per example: K, or the m of the cotangents."""
         self.measure(x)
+        if self.num_outputs is None:
+            raise ValueError(
+                "The number of outputs is known after the first example: call the net on one before asking for none."
+            )
         return self.num_outputs if cotangents is None else cotangents.shape[-2]
 
     def jacobian_chunks(self, x: Tensor, num_rows: int) -> list[slice]:
@@ -171,9 +176,8 @@ class NetFunction:
         try:
             with self.differentiable_kernels():
                 rows = self._jacobian_vmap(x, cotangents)
-            if self._vmap_works is None:
-                self._vmap_works = self._agrees_with_plain_autograd(rows, x, cotangents)
-            if self._vmap_works:
+            if self.right_once("jacobian", rows.shape, lambda: self._agrees_with_plain_autograd(rows, x, cotangents)):
+                self._vmap_works = True
                 return rows
         except UNSUPPORTED:
             if self._vmap_works:
@@ -209,15 +213,23 @@ class NetFunction:
             )
         return self._vmap_differentiates
 
+    def right_once(self, what: str, shape: torch.Size, check: Callable[[], bool | None]) -> bool:
+        """The answer of ``check``, asked once for each shape, on which errors of batching rules depend.
+
+        None for "cannot be told here", as inside a transform of the user's own: taken for right, and asked again.
+        """
+        key = (what, shape)
+        if self._checked.get(key) is None:
+            self._checked[key] = check()
+        return self._checked[key] is not False
+
     @torch.no_grad()
-    def _agrees_with_plain_autograd(self, rows: Tensor, x: Tensor, cotangents: Tensor | None) -> bool:
+    def _agrees_with_plain_autograd(self, rows: Tensor, x: Tensor, cotangents: Tensor | None) -> bool | None:
         """Whether ``vmap`` gave what one backward pass gives: torch's batching rules have had errors."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(rows):  # inside the user's own vmap: at another time
-            return True
+        if torch._C._functorch.is_functorch_wrapped_tensor(rows):
+            return None
         for i in {0, len(x) - 1}:
             f_i, leaves = self._with_graph(x[i : i + 1].detach())
-            if not f_i.requires_grad:  # no selected weight takes part
-                return not rows[i].any()
             v = torch.cos(torch.arange(1.0, 1 + rows.shape[1], dtype=self.dtype, device=x.device))
             c = v if cotangents is None else v @ cotangents[i].detach()
             expected = self._pull_back(f_i, leaves, c[None], x)
@@ -317,6 +329,8 @@ class NetFunction:
 
     def _pull_back(self, f: Tensor, leaves: list[Tensor], cotangent: Tensor, x: Tensor) -> Tensor:
         create_graph = torch.is_grad_enabled() and (x.requires_grad or cotangent.requires_grad)
+        if not f.requires_grad:  # no selected weight takes part
+            return torch.cat([torch.zeros_like(leaf).flatten() for leaf in leaves])
         with torch.enable_grad():
             grads = torch.autograd.grad(
                 f, leaves, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True

@@ -152,7 +152,7 @@ def test_little_memory_changes_nothing(problem):
 def test_small_tiles_change_nothing(problem, monkeypatch):
     lin, x, _ = problem
     whole = lin.gram(x)
-    monkeypatch.setattr(gram.matrix, "TILE_NUMBERS", 100)
+    monkeypatch.setitem(gram.matrix.TILE_BYTES, "cpu", 800)
     monkeypatch.setattr(gram.contract, "BLOCK_NUMBERS", 100)
     monkeypatch.setattr(gram.capture, "CHUNK_NUMBERS", 1000)
     assert relative_error(lin.gram(x), whole) < TOLERANCE
@@ -429,7 +429,7 @@ sys.path.insert(0, {tests!r})
 import test_gram
 import gpytorch_dnn2gp as dnn2gp
 from gpytorch_dnn2gp import Linearization, gram, tiling
-gram.matrix.TILE_NUMBERS = 20
+gram.matrix.TILE_BYTES['cpu'] = 160
 gram.matrix.MIN_TILE_ROWS = 1
 tiling.MatrixFile.SECONDS = 0.0
 write = tiling.MatrixFile.write
@@ -545,3 +545,33 @@ def test_a_new_prior_precision_takes_no_gram_again(by_layers, monkeypatch):
     monkeypatch.setattr(gram, "gram", None)
     kernel.prior_precision = 4.0
     assert relative_error(kernel(x).to_dense(), before / 4) < TOLERANCE
+
+
+def test_wrong_cotangents_of_torch_are_noticed(monkeypatch):
+    """The check holds for the number of examples and rows at hand, not for those of the first check alone."""
+    lin = Linearization(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    x = torch.randn(4, 3).double()
+    rows = lin.jacobian(x).flatten(0, 1)
+    lin.gram(x[:3])
+    right = gram.capture._capture_by_vmap
+
+    def wrong(*args):
+        return {name: [(a, g.flip(0)) for a, g in calls] for name, calls in right(*args).items()}
+
+    monkeypatch.setattr(gram.capture, "_capture_by_vmap", wrong)
+    assert relative_error(lin.gram(x), rows @ rows.mT) < TOLERANCE
+
+
+def test_selected_weights_without_influence_give_zeros():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    lin = Linearization(Idle().double(), params=["unused"])
+    x = torch.randn(4, 3).double()
+    assert torch.equal(lin.gram(x), torch.zeros(8, 8, dtype=torch.float64))
+    assert not lin.jacobian(x).any()

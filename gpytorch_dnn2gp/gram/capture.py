@@ -51,8 +51,10 @@ def capture(net: NetFunction, layers: Sequence[str], x: Tensor, cotangents: Tens
         try:
             with net.differentiable_kernels(), _hooked:
                 calls = _capture_by_vmap(net, layers, x, cotangents)
-            net.capture_by_vmap = True
-            return calls
+            shape = torch.Size((*x.shape, net.num_rows(x, cotangents)))
+            if net.right_once("capture", shape, lambda: _agrees_with_loop(calls, net, layers, x, cotangents)):
+                net.capture_by_vmap = True
+                return calls
         except torch.OutOfMemoryError:
             raise
         except UNSUPPORTED:  # for some layers that depends on the number of examples
@@ -93,6 +95,28 @@ def _capture_by_vmap(net: NetFunction, layers: Sequence[str], x: Tensor, cotange
     for name, a, g in zip(order, inputs, cotangents, strict=True):
         calls[name].append((a, g))
     return calls
+
+
+@torch.no_grad()
+def _agrees_with_loop(
+    calls: Calls, net: NetFunction, layers: Sequence[str], x: Tensor, cotangents: Tensor | None
+) -> bool | None:
+    """Whether vmap's cotangents, in a made-up combination of an example's rows, are those of plain autograd."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    num_rows = net.num_rows(x, cotangents)
+    v = torch.cos(torch.arange(1.0, 1 + num_rows, dtype=net.dtype, device=x.device))
+    tolerance = 10 * torch.finfo(net.dtype).eps ** 0.5
+    for i in {0, len(x) - 1}:
+        c = v if cotangents is None else v @ cotangents[i].detach()
+        expected = _capture_by_loop(net, layers, x[i : i + 1].detach(), c[None, None])
+        largest = max((float(g.abs().max()) for each in expected.values() for _, g in each if g.numel()), default=0.0)
+        for layer in layers:
+            for (_, found), (_, right) in zip(calls[layer], expected[layer], strict=True):
+                difference = torch.einsum("m,m...->...", v, found[i].detach()) - right[0, 0]
+                if not difference.abs().max() <= tolerance * largest:
+                    return False
+    return True
 
 
 def _capture_by_loop(net: NetFunction, layers: Sequence[str], x: Tensor, cotangents: Tensor | None) -> Calls:

@@ -32,8 +32,9 @@ from .contract import (
 )
 from .features import features
 
-TILE_NUMBERS = 4 * 2**20  # the largest intermediate of one tile
-MIN_TILE_ROWS = 256  # smaller matrix products do not use the processor well
+# The largest intermediate of one tile stays in a processor's own cache; a GPU wants them larger.
+TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
+MIN_TILE_ROWS = 384  # smaller matrix products do not use the processor well
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class _Assembly:
         m1 = first.num_rows
         m2 = m1 if self.symmetric or self.trace else self.right.num_rows(self.net)
         held = tiling.rows_that_fit(2 * first.num_numbers, self.net.dtype, self.left.x.device)
-        tile = max(1, int((TILE_NUMBERS / numbers_per_pair(first)) ** 0.5))
+        numbers = TILE_BYTES.get(self.left.x.device.type, 2**28) // tiling.element_size(self.net.dtype)
+        tile = max(1, int((numbers / numbers_per_pair(first)) ** 0.5))
         if self.symmetric:  # several tiles, so that those below the diagonal are saved
             tile = min(tile, max(-(-n1 // 6), -(-MIN_TILE_ROWS // m1)))
         held = max(1, held // tile * tile) if held < n1 + n2 else n1 + n2
