@@ -39,7 +39,8 @@ for backend in (AsdlGGN, BackPackGGN, CurvlinopsGGN):
     try:
         def fit():
             global la
-            la = Laplace(copy.deepcopy(net), "regression", subset_of_weights="all", hessian_structure="full", backend=backend)
+            options = {"subset_of_weights": "all", "hessian_structure": "full", "backend": backend}
+            la = Laplace(copy.deepcopy(net), "regression", **options)
             start = time.perf_counter()
             la.fit(loader)
             return time.perf_counter() - start
