@@ -40,6 +40,7 @@ def features(
         length = min(length, rest.jacobian_chunks(x, num_rows)[0].stop)
     names = set(form.columns) if isinstance(form, Features) else None
     chunks: list[Features] = []
+    whole: Tensor | None = None  # the dense matrix of all examples, filled chunk by chunk where no graph is wanted
     for part in tiling.chunks(len(x), length):
         here = None if cotangents is None else cotangents[part]
         found, jacobians = _by_rules(net, layers, x[part], here)
@@ -48,8 +49,12 @@ def features(
             jacobians.update(zip(rest.names, pieces, strict=True))
         if names is None:
             names = set(jacobians).union(*(form(layer.trace() if trace else layer) for layer in found))
-        chunks.append(_formed(net, found, jacobians, names, prior, trace))
-    return _concatenated(chunks)
+        chunk = _formed(net, found, jacobians, names, prior, trace, None if whole is None else whole[part])
+        if whole is None and chunk.dense is not None and len(chunk.dense) < len(x) and not torch.is_grad_enabled():
+            whole = chunk.dense.new_empty(len(x), *chunk.dense.shape[1:])
+            whole[part] = chunk.dense
+        chunks.append(chunk)
+    return _concatenated(chunks, whole)
 
 
 def feature_chunks(
@@ -100,9 +105,15 @@ def _by_rules(
 
 
 def _formed(
-    net: NetFunction, layers: list[Layer], jacobians: dict[str, Tensor], names: set[str], prior: Prior, trace: bool
+    net: NetFunction,
+    layers: list[Layer],
+    jacobians: dict[str, Tensor],
+    names: set[str],
+    prior: Prior,
+    trace: bool,
+    out: Tensor | None,
 ) -> Features:
-    """Features of one chunk, the Jacobians of the parameters ``names`` formed."""
+    """Features of one chunk, the Jacobians of the parameters ``names`` formed, in ``out`` if it is given."""
     sizes, order = net.sizes_by_name(), {name: i for i, name in enumerate(net.names)}
     for layer in layers:
         for name in names & set(layer.inputs):
@@ -116,17 +127,24 @@ def _formed(
     columns, stop = {}, 0
     for name in sorted(jacobians, key=lambda name: (prior[name].group, order[name])):
         columns[name] = slice(stop, stop := stop + jacobians[name].shape[-1])
-    dense = torch.cat([jacobians[name] for name in columns], -1) if columns else None
+    if out is not None:
+        for name, where in columns.items():
+            out[..., where] = jacobians[name]
+        dense = out
+    else:
+        dense = torch.cat([jacobians[name] for name in columns], -1) if columns else None
     some = layers[0].c if dense is None else dense
     return Features(len(some), some.shape[1], dense, columns, tuple(layers), repeats)
 
 
-def _concatenated(chunks: list[Features]) -> Features:
-    """The same for the examples of all chunks."""
+def _concatenated(chunks: list[Features], whole: Tensor | None) -> Features:
+    """The same for the examples of all chunks; ``whole``: their dense matrices, where these are in one already."""
     if len(chunks) == 1:
         return chunks[0]
     first = chunks[0]
-    dense = None if first.dense is None else torch.cat([chunk.dense for chunk in chunks])
+    dense = whole
+    if dense is None and first.dense is not None:
+        dense = torch.cat([chunk.dense for chunk in chunks])
     layers = []
     for same in zip(*(chunk.layers for chunk in chunks), strict=True):
         inputs = {

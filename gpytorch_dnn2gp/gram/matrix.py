@@ -34,7 +34,7 @@ from .features import features
 
 # The largest intermediate of one tile stays in a processor's own cache; a GPU wants them larger.
 TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
-MIN_TILE_ROWS = 384  # smaller matrix products do not use the processor well
+MIN_TILE_ROWS = 200  # smaller matrix products do not use the processor well
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,14 @@ class _Assembly:
         n1, n2 = len(self.left), len(self.right)
         if n1 == 0 or n2 == 0:
             return
-        first = self.features(self.left.part(slice(0, 1)))
+        # Features of one example tell how many fit; of all of them at once, where even Jacobians would.
+        most = self.net.num_weights + 2 * self.net.activation_size
+        fit = tiling.numbers_that_fit(self.net.dtype, self.left.x.device)
+        everything = 2 * (n1 + n2) * max(self.left.num_rows(self.net), self.right.num_rows(self.net)) * most <= fit
+        first = self.features(self.left if everything else self.left.part(slice(0, 1)))
         m1 = first.num_rows
         m2 = m1 if self.symmetric or self.trace else self.right.num_rows(self.net)
-        held = tiling.rows_that_fit(2 * first.num_numbers, self.net.dtype, self.left.x.device)
+        held = n1 + n2 if everything else max(1, fit // max(1, 2 * first.num_numbers))
         numbers = TILE_BYTES.get(self.left.x.device.type, 2**28) // tiling.element_size(self.net.dtype)
         tile = max(1, int((numbers / numbers_per_pair(first)) ** 0.5))
         if self.symmetric:  # several tiles, so that those below the diagonal are saved
@@ -214,7 +218,7 @@ class _Assembly:
         held = max(1, held // tile * tile) if held < n1 + n2 else n1 + n2
         with self._bar(n1, n2) as bar:
             for outer in tiling.chunks(n1, held):
-                left = None
+                left = first if everything else None
                 for inner in tiling.chunks(n2, held, outer.start if self.symmetric else 0):
                     same = self.symmetric and inner == outer
                     pairs = self._pairs(outer, inner, tile, same)
