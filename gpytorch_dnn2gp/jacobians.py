@@ -14,6 +14,7 @@ require a gradient, and works in chunks of examples otherwise.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -97,7 +98,7 @@ class NetFunction:
 
     def slices(self) -> list[slice]:
         """Where each parameter tensor lies in the weight vector."""
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        ends = itertools.accumulate(self.sizes)
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     # ---- values
