@@ -5,6 +5,7 @@ The theorems are those of Khan, Immer, Abedi and Korzepa (NeurIPS 2019); docs/no
 
 from . import (
     dual,
+    gram,
     infinite,
     laplace,
     losses,
@@ -46,6 +47,7 @@ __all__ = [
     "compare",
     "dual",
     "fit_evidence",
+    "gram",
     "infinite",
     "laplace",
     "load",

@@ -478,6 +478,58 @@ def _(tmp):
         lin.jacobian(torch.zeros(1000, 2, dtype=F64))
 
 
+def small_lin():
+    return dnn2gp.Linearization(randomized(mlp(), 0))
+
+
+@case("a Gram matrix that does not fit")
+def _(tmp):
+    with memory_limit(10_000), no_jacobians():
+        small_lin().gram(torch.ones(100, 2, dtype=F64))
+
+
+@case("rows C of another number of examples for a Gram")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), cotangents1=torch.ones(3, 1, 1, dtype=F64))
+
+
+@case("rows C for x2 without an x2")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), cotangents2=torch.ones(4, 1, 1, dtype=F64))
+
+
+@case("a prior variance of another number of weights for a Gram")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), prior_variance=torch.ones(3, dtype=F64))
+
+
+@case("a file for a Gram that is not `.npy`")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), file=tmp / "k.pt")
+
+
+@case("a file for a Gram that exists")
+def _(tmp):
+    (tmp / "k.npy").touch()
+    small_lin().gram(torch.ones(4, 2, dtype=F64), file=tmp / "k.npy")
+
+
+@case("an interrupted file of a Gram of other inputs")
+def _(tmp):
+    (tmp / "k.npy.journal").write_text('{"key": "other", "shape": [4, 4], "dtype": "float64", "free_memory": 1}\n')
+    small_lin().gram(torch.ones(4, 2, dtype=F64), file=tmp / "k.npy")
+
+
+@case("a file for a batch of Grams")
+def _(tmp):
+    small_lin().gram(torch.ones(3, 4, 2, dtype=F64), file=tmp / "k.npy")
+
+
+@case("a layer rule for what is no module")
+def _(tmp):
+    dnn2gp.gram.register(torch.relu)
+
+
 class no_jacobians:  # noqa: N801
     """Refused before the work: no Jacobian is formed."""
 
