@@ -151,6 +151,8 @@ def curvature(
     Returns:
         ``(C, P, P)`` or ``(C, P)``, and ``(C, P)``, where C = m with ``per_row`` and 1 without.
     """
+    if diagonal and not per_row and splitting.features == "jacobian" and isinstance(rows, Rows) and rows.are_many:
+        return _diagonal_by_layers(rows, splitting, progress)
     p, num_sums = rows.num_weights, rows.num_rows if per_row else 1
     options = {"dtype": splitting.f.dtype, "device": splitting.f.device}
     second = torch.zeros((num_sums, p) if diagonal else (num_sums, p, p), **options)
@@ -169,6 +171,17 @@ def curvature(
                 first[c] += v[:, row].flatten() @ u[:, row].flatten(0, 1)
             bar.update(part.stop - part.start)
     return second, first
+
+
+def _diagonal_by_layers(rows: Rows, splitting: Splitting, progress: bool | None) -> tuple[Tensor, Tensor]:
+    """``diag(J^T Lambda J)`` and ``J^T v``, each ``(1, P)``, without Jacobians: squares of the rows ``R^T J``."""
+    second = torch.zeros(rows.num_weights, dtype=splitting.f.dtype, device=splitting.f.device)
+    length = tiling.chunk_length(2 * rows.num_rows**2, splitting.f.dtype, splitting.f.device)
+    with tiling.progress(None, "Curvature", progress, total=rows.num_examples) as bar:
+        for part in tiling.chunks(rows.num_examples, length):
+            second += rows.flat(part).sum_of_squares(_dense_root_t(splitting.part(part), splitting.f[part, :, None]))
+            bar.update(part.stop - part.start)
+    return second[None], rows.rmatmul(splitting.v)[None]
 
 
 def _dense_root_t(splitting: Splitting, u: Tensor) -> Tensor:

@@ -500,6 +500,16 @@ class Rows:
         if tiling.cache_fits(size, self.function.dtype, self.x.device):
             self.features()
 
+    @property
+    def are_many(self) -> bool:
+        """Whether the rows are not at hand, and too many for it to be cheap to form them."""
+        size = self.num_examples * self.num_rows * self.num_weights
+        return self._features is None and size > FEW_NUMBERS
+
+    def sum_of_squares(self, cotangents: Tensor) -> Tensor:
+        """``sum_i sum_j (C_i J_i)_j^2``, ``(P,)``, for rows of outputs and C ``(N, m, K)``."""
+        return _gram.sum_of_squares(self.function, _gram.Side(self.x, cotangents), progress=False)
+
     def keep_for_products(self, groups: Sequence[Tensor], prior_variance: Tensor | None) -> None:
         """Keep what makes products of these rows cheap: the rows themselves if they are few, else their layers."""
         if self.num_examples * self.num_rows * self.num_weights <= FEW_NUMBERS:

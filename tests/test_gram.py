@@ -503,6 +503,21 @@ def test_laplace_gp_by_layers_is_that_by_jacobians(request, num_precisions):
         assert relative_error(found.detach(), value.detach()) < TOLERANCE
 
 
+@pytest.mark.parametrize("loss", [dnn2gp.losses.Categorical(), dnn2gp.losses.Gaussian(0.3)])
+def test_diagonal_posterior_by_layers_is_that_by_jacobians(request, loss):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = torch.randn(12, 3).double()
+    y = torch.randint(0, 2, (12,)) if isinstance(loss, dnn2gp.losses.Categorical) else torch.randn(12, 2).double()
+
+    def variance():
+        return dnn2gp.LaplaceGP(net, x, y, loss, 0.5, structure="diagonal").predict(x[:3]).epistemic
+
+    expected = variance()
+    request.getfixturevalue("by_layers")
+    assert relative_error(variance(), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("num_precisions", [1, 4])
 def test_kernel_in_an_exact_gp_by_layers_is_that_by_features(request, num_precisions):
     torch.manual_seed(0)
