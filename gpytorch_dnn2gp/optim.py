@@ -103,7 +103,8 @@ class Iterate:
         temperature: the loss is divided by it.
         features: "jacobian" for ``J^T Lambda J``, "gradient" for squared gradients of each example.
         param_names: of the weights.
-        groups, group_precision: names of the parameters in each prior group, and its delta, ``(G,)``.
+        groups, group_precision: names of the parameters in each prior group, and its delta, ``(G,)``; no names where
+            weights of one parameter have precisions of their own.
     """
 
     mean: Tensor
@@ -221,7 +222,8 @@ class GaussNewton(torch.optim.Optimizer):
         self._curvature = SquaredRows(self._function) if self.diagonal else self._function
         self._group_index = partition.index(next(net.parameters()).device)
         self._names = names
-        self._checked = self._sampled = self._complete = False
+        self._checked = self._complete = False
+        self._set_aside: Tensor | None = None  # the mean, while a sample is in the net
 
         # one torch group for each group of weights, its parameters by the place of their weights
         starts = [part.start for part in self._function.slices()]
@@ -263,6 +265,7 @@ class GaussNewton(torch.optim.Optimizer):
             "params": self._identity(),
         }
         self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def add_param_group(self, param_group: dict) -> None:
         """Refused once the optimizer is made: which weights share what is told by ``groups`` and ``params``."""
@@ -274,8 +277,11 @@ class GaussNewton(torch.optim.Optimizer):
 
     @property
     def mean(self) -> Tensor:
-        """mu_t, ``(P,)``: a copy of the net's parameters, in ``named_parameters`` order."""
-        return self._function.weights()
+        """mu_t, ``(P,)``: a copy of the net's parameters, in ``named_parameters`` order.
+
+        Within :meth:`posterior_sample`, when the parameters are a draw, it still is the mean.
+        """
+        return self._function.weights() if self._set_aside is None else self._set_aside.clone()
 
     @property
     def data_precision(self) -> Tensor:
@@ -325,7 +331,7 @@ class GaussNewton(torch.optim.Optimizer):
             self.temperature,
             self.features,
             tuple(self._names),
-            tuple(self._group_names),
+            tuple(self._group_names) if all(self._group_names) else (),
             mean.new_tensor([group["prior_precision"] for group in self.param_groups]),
         )
 
@@ -339,7 +345,7 @@ class GaussNewton(torch.optim.Optimizer):
         Yields:
             the weights, ``(P,)``.
         """
-        if self._sampled:
+        if self._set_aside is not None:
             raise RuntimeError("There is a sample in the net already: leave the other posterior_sample() first.")
         with self._weights_in_net(self.gaussian().rsample(generator=generator)) as weights:
             yield weights
@@ -365,7 +371,7 @@ class GaussNewton(torch.optim.Optimizer):
             ValueError: a batch that is larger than train_size, parameters without influence, rates out of range, or
                 NaN and infinity in outputs or derivatives. Net and state then are what they were.
         """
-        if self._sampled:
+        if self._set_aside is not None:
             raise RuntimeError("A posterior sample is in the net: leave posterior_sample() before the next step.")
         lr, beta, kept = self._require_rates()
         was_training = self.net.training
@@ -481,14 +487,13 @@ class GaussNewton(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _weights_in_net(self, weights: Tensor) -> Iterator[Tensor]:
-        mean = self.mean
-        self._sampled = True
+        self._set_aside = self.mean
         try:
             self._put(weights)
             yield weights
         finally:
-            self._put(mean)
-            self._sampled = False
+            self._put(self._set_aside)
+            self._set_aside = None
 
     @torch.no_grad()
     def _put(self, weights: Tensor) -> None:
@@ -515,6 +520,13 @@ def _before_loading(optimizer: GaussNewton, state_dict: dict) -> None:
     else:
         what = f"another net, with {_listed(saved['params'])}"
     raise ValueError(f"This state_dict is of {what}; nothing was loaded. This one trains {_listed(own)}.")
+
+
+def _after_loading(optimizer: GaussNewton) -> None:
+    """Put tensors where the weights are: ``torch.load(map_location=)`` may have moved them elsewhere."""
+    mean, state = optimizer.mean, optimizer.state["gaussian"]
+    moved = {name: state[name].to(mean) for name in ("data_precision", "momentum")}
+    optimizer.state["gaussian"] = {**state, **moved, "generator": state["generator"].cpu()}
 
 
 def _listed(identity: list[list]) -> str:

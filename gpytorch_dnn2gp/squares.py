@@ -1,33 +1,36 @@
-"""Sums of squared Jacobian rows, layer by layer: ``diag(J^T Lambda J)`` without Jacobians.
+"""Sums of squared Jacobian rows, layer by layer: ``diag(J^T Lambda J)`` without the Jacobian of the whole net.
 
-A linear layer ``z = W a + b`` has ``dl/dW = g a^T`` with ``g = dl/dz``. Over examples i, cotangents c and the T sites t
-that a layer is applied at (positions of a convolution or a sequence, calls of a shared module)
+With cotangents R e_c, ``Lambda = R R^T``, the sum over examples i and cotangents c of the squared rows ``c_i^T J_i`` is
+the diagonal of ``J^T Lambda J``, at the cost of K backward passes to the outputs of layers. What a layer's Jacobian is,
+given its inputs a and the gradients g of its outputs, the rules of ``gram/rules.py`` tell. For ``z_t = W a_t + b`` at T
+sites (positions of a convolution or a sequence, calls of a shared module)
 
     sum_ic (dl/dW)^2 = (sum_c g_c^2)^T a^2                T = 1: one product of matrices, whatever the number of c
     sum_ic (dl/dW)^2 = sum_ic (sum_t g_ict a_it^T)^2      T > 1
 
-With cotangents R e_c, ``Lambda = R R^T``, that is the diagonal of ``J^T Lambda J``, at the cost of K backward passes to
-the outputs of layers. Parameters of other layers are taken by per-example Jacobians of just those. A use of a parameter
-that hooks cannot see would make a rule wrong: rules are compared with Jacobians on two examples, once, and those that
-fail are not used.
+Parameters of layers without a rule are taken by per-example Jacobians of just those. A use of a parameter that hooks
+cannot see, or a layer whose inputs do not have the examples first, would make a rule wrong: rules are compared with
+plain autograd on two examples, once for each shape of an example, and those that fail are not used.
 
 ``gram.sum_of_squares`` gives the same sums for a frozen net. Here outputs, ``J^T v`` and squares come of one pass
-through a net whose weights change between calls, as a step of training wants them.
+of a whole batch through a net whose weights change between calls, as a step of training wants them.
 
-n examples, K outputs, m cotangents, P weights. Read jacobians.py first.
+n examples, K outputs, m cotangents, P weights. Read gram/rules.py first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, unfold
 
 from . import tiling
+from .gram.contract import dense
+from .gram.rules import Outer, find_rule
 from .jacobians import NetFunction
 
 # outputs f (b, K) of some of the examples, and which -> their cotangents (m, b, K) and v (b, K)
@@ -47,12 +50,13 @@ class SquaredRows:
         names = {id(self._parameters[name]): name for name in function.names}
         owners: dict[str, list[tuple[nn.Module, str]]] = {}
         for module in function.net.modules():
-            for kind, parameter in module._parameters.items():
+            for local, parameter in module._parameters.items():
                 if id(parameter) in names:
-                    owners.setdefault(names[id(parameter)], []).append((module, kind))
-        # parameters that rules cover, by what they are to which modules
-        self.rules = {name: of for name, of in owners.items() if all(_has_rule(module) for module, _ in of)}
-        self._checked = False
+                    owners.setdefault(names[id(parameter)], []).append((module, local))
+        # parameters that rules cover, by what they are called in which modules
+        self.rules = {n: of for n, of in owners.items() if all(find_rule(module) is not None for module, _ in of)}
+        self._formed: set[str] = set()  # those whose Jacobians are formed
+        self._checked: set[torch.Size] = set()  # shapes of an example
 
     def __call__(self, x: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs ``(n, K)``, ``sum_i J_i^T v_i`` ``(P,)`` and ``sum_ic (c_i^T J_i)^2`` ``(P,)``.
@@ -61,82 +65,90 @@ class SquaredRows:
             x: inputs ``(n, *input_shape)``.
             weigh: cotangents c and v of a chunk of examples, by its outputs.
         """
-        if not self._checked and len(x) > 0:
-            self._check(x[:2])
         self.function.measure(x)
-        covered = sum(self._parameters[name].numel() for name in self.rules)
-        per_example = 8 * self.function.activation_size + 2 * covered
-        chunks = tiling.chunks(len(x), tiling.chunk_length(per_example, self.function.dtype, x.device))
+        if len(x) > 0 and x.shape[1:] not in self._checked:
+            self._check(x[[0, -1]])
+            self._checked.add(x.shape[1:])
+        chunks = tiling.chunks(len(x), tiling.chunk_length(self._numbers(6), self.function.dtype, x.device))
         f, first, second = zip(*(self._chunk(x[part], part, weigh) for part in chunks), strict=True)
         return torch.cat(f), sum(first), sum(second)
 
+    def _numbers(self, activations: int) -> int:
+        """How many one example leaves in memory: so many copies of its activations, and one row of Jacobians."""
+        formed = sum(self._parameters[name].numel() for name in self._formed)
+        return max(1, (activations + 2) * self.function.activation_size + 2 * formed)
+
     def _chunk(self, x: Tensor, part: slice, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
         function = self.function
-        leaves = {name: self._parameters[name].detach().requires_grad_() for name in function.names}
-        with torch.enable_grad(), function.differentiable_kernels(), self._noted_uses() as uses:
-            f = function(leaves, x)
-        cotangents, v = weigh(f.detach(), part)
-        zeros = [use.zero for use in uses]
-        both = len(cotangents) == 1 and torch.equal(cotangents[0], v)  # squared gradients: one pass does
-        wanted = [*leaves.values(), *(zeros if both else [])]
-        pulled = torch.autograd.grad(f, wanted, v, retain_graph=not both, materialize_grads=True)
-        first = function.flatten(dict(zip(leaves, map(_dense, pulled))))
-        if both:
-            squares = self._squares(uses, len(x), [pulled[len(leaves) :]])
-        else:
-            passes = (torch.autograd.grad(f, zeros, c, retain_graph=True, materialize_grads=True) for c in cotangents)
-            squares = self._squares(uses, len(x), passes if zeros else [])
+        while True:
+            leaves = {name: self._parameters[name].detach().requires_grad_() for name in function.names}
+            f, calls = self._forward(x, leaves)
+            cotangents, v = weigh(f.detach(), part)
+            zeros = [call.zero for call in calls]
+            both = len(cotangents) == 1 and torch.equal(cotangents[0], v)  # squared gradients: one pass does
+            wanted = [*leaves.values(), *(zeros if both else [])]
+            pulled = torch.autograd.grad(f, wanted, v, retain_graph=not both, materialize_grads=True)
+            first = function.flatten(dict(zip(leaves, map(_dense, pulled))))
+            passes = [pulled[len(leaves) :]] if both else self._passes(f, zeros, cotangents)
+            try:
+                squares = self._squares(calls, len(x), len(cotangents), passes)
+                break
+            except _NoRuleError as error:
+                self._drop(error.module)
         rest = [name for name in function.names if name not in squares]
         if rest:
             squares |= self._by_jacobians(rest, x, cotangents)
         return f.detach(), first, function.flatten(squares)
 
-    @contextmanager
-    def _noted_uses(self) -> Iterator[list[_Use]]:
-        """Hooks that note each layer's inputs and add a zero to its outputs, whose gradient is g."""
-        uses: list[_Use] = []
+    def _forward(self, x: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, list[_Call]]:
+        """Outputs with a graph to the weights ``leaves``, and the calls of layers with rules."""
+        with torch.enable_grad(), self.function.differentiable_kernels(), self._noted_calls() as calls:
+            return self.function(leaves, x), calls
 
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    @contextmanager
+    def _noted_calls(self) -> Iterator[list[_Call]]:
+        """Hooks that note each layer's inputs and add a zero to its outputs, whose gradient is g."""
+        calls: list[_Call] = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
             zero = torch.zeros_like(output, requires_grad=True)
-            uses.append(_Use(module, inputs[0].detach(), zero))
+            calls.append(_Call(module, (args[0] if args else next(iter(kwargs.values()))).detach(), zero))
             return output + zero
 
         modules = {module for of in self.rules.values() for module, _ in of}
-        handles = [module.register_forward_hook(hook) for module in modules]
+        handles = [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in modules]
         try:
-            yield uses
+            yield calls
         finally:
             for handle in handles:
                 handle.remove()
 
+    @staticmethod
+    def _passes(f: Tensor, zeros: list[Tensor], cotangents: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Gradients of all calls' outputs, for one cotangent after the other."""
+        for c in cotangents:
+            yield torch.autograd.grad(f, zeros, c, retain_graph=True, materialize_grads=True) if zeros else ()
+
     @torch.no_grad()
-    def _squares(self, uses: list[_Use], n: int, passes) -> dict[str, Tensor]:
-        """``sum_ic (c_i^T J_i)^2`` of the parameters that rules cover, from gradients g of all uses for each c."""
-        # where each parameter was used, and as what
-        places = {
-            name: [(i, kind) for module, kind in of for i, use in enumerate(uses) if use.module is module]
-            for name, of in self.rules.items()
-        }
-        squares = {name: torch.zeros_like(self._parameters[name]) for name in self.rules}
-        inputs: dict[int, Tensor] = {}  # (n, d, T) by the number of the use
-        single: dict[str, Tensor] = {}  # sum_c g_c^2 (n, out) of weights used at one site
-        for pulled in passes:
-            g = [use.output_sites(gradient, n) for use, gradient in zip(uses, pulled, strict=True)]
-            for name, of in places.items():
-                if len(of) == 1 and of[0][1] == "weight" and g[of[0][0]].shape[-1] == 1:
-                    single[name] = single.get(name, 0) + g[of[0][0]][..., 0].square()
-                    continue
-                total = 0  # (n, out, d), or (n, out) of a bias
-                for i, kind in of:
-                    if kind == "weight" and i not in inputs:
-                        inputs[i] = uses[i].input_sites(n)
-                    total = total + (g[i] @ inputs[i].mT if kind == "weight" else g[i].sum(-1))
-                if of:
-                    squares[name] += total.square().sum(0).view_as(squares[name])
-        for name, g_squared in single.items():
-            a_squared = uses[places[name][0][0]].input_sites(n)[..., 0].square()
-            squares[name] += (g_squared.mT @ a_squared).view_as(squares[name])
-        return squares
+    def _squares(self, calls: list[_Call], n: int, m: int, passes: Iterable[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """``sum_ic (c_i^T J_i)^2`` of the parameters that rules cover."""
+        squares = {name: torch.zeros_like(self._parameters[name]).flatten() for name in self.rules}
+        options = {"dtype": self.function.dtype, "device": self._parameters[self.function.names[0]].device}
+        at_once = max(1, tiling.numbers_per_chunk(**options) // (n * self._numbers(2)))
+        passes = iter(passes)
+        for rows in tiling.chunks(m, at_once):
+            pulled = list(itertools.islice(passes, rows.stop - rows.start))
+            factors: dict[nn.Module, list[dict[str, Tensor | Outer]]] = {}
+            for number, call in enumerate(calls):
+                g = torch.stack([gradients[number] for gradients in pulled], 1)
+                factors.setdefault(call.module, []).append(call.factors(g, n))
+            for name, of in self.rules.items():
+                parts = [_factor(each, module, local) for module, local in of for each in factors.get(module, [])]
+                if parts:
+                    squares[name] += _sum_of_squares(parts, self._parameters[name].numel())
+                if parts and not _is_one_product(parts):
+                    self._formed.add(name)
+        return {name: value.view_as(self._parameters[name]) for name, value in squares.items()}
 
     def _by_jacobians(self, names: list[str], x: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         """The same for any parameters, by Jacobians of just these."""
@@ -147,81 +159,94 @@ class SquaredRows:
             total += function.jacobian_rows(x, c, part).square().sum((0, 1))
         return function.unflatten(total)
 
+    def _drop(self, module: nn.Module) -> None:
+        """Do without the rules for this module's parameters."""
+        self.rules = {name: of for name, of in self.rules.items() if all(m is not module for m, _ in of)}
+
     def _check(self, x: Tensor) -> None:
-        """Keep the rules that agree with Jacobians on two examples."""
-        k = self.function.num_rows(x)
-        c = torch.cos(torch.arange(1.0, 1 + 2 * len(x) * k, dtype=self.function.dtype, device=x.device))
-        c = c.reshape(2, len(x), k)
+        """Keep the rules that agree with plain autograd on two examples.
+
+        Weights are made up for this: where a readout is zero, as many nets begin, all other derivatives are.
+        """
+        function, options = self.function, {"dtype": self.function.dtype, "device": x.device}
+        leaves = {}
+        for name in function.names:
+            w = self._parameters[name].detach()
+            made_up = torch.arange(1.0, 1 + w.numel(), **options).cos().view_as(w)
+            leaves[name] = (w + 0.1 / max(1, w.shape[1:].numel()) ** 0.5 * made_up).requires_grad_()
+        k = function.num_rows(x)
+        c = torch.arange(1.0, 1 + 2 * len(x) * k, **options).cos().reshape(2, len(x), k)
+        expected = {name: torch.zeros_like(w).detach() for name, w in leaves.items()}
+        for i in range(len(x)):
+            f, _ = self._forward(x[i : i + 1], leaves)
+            for c_j in c[:, i : i + 1]:
+                rows = torch.autograd.grad(f, list(leaves.values()), c_j, retain_graph=True, materialize_grads=True)
+                for name, row in zip(leaves, rows, strict=True):
+                    expected[name] += _dense(row).square()
         found: dict[str, Tensor] = {}
         while self.rules:
+            f, calls = self._forward(x, leaves)
             try:
-                found = self._rules_alone(x, c)
+                found = self._squares(calls, len(x), len(c), self._passes(f, [call.zero for call in calls], c))
                 break
-            except _NoRuleError as error:  # a layer that is applied to something else than examples first
-                self.rules = {n: of for n, of in self.rules.items() if all(m is not error.module for m, _ in of)}
-        expected = self._by_jacobians(list(self.rules), x, c) if self.rules else {}
-        tolerance = 10 * torch.finfo(self.function.dtype).eps ** 0.5
-        for name, value in expected.items():
-            if not (found[name] - value).abs().max() <= tolerance * (value.abs().max() + tolerance):
+            except _NoRuleError as error:
+                self._drop(error.module)
+        eps = torch.finfo(function.dtype).eps
+        # rounding of rows is in proportion to the largest of them; these are squares
+        rounding = (1e3 * eps) ** 2 * max(float(value.max()) for value in expected.values())
+        for name, value in found.items():
+            if not (value - expected[name]).abs().max() <= 10 * eps**0.5 * expected[name].max() + rounding:
                 del self.rules[name]
-        self._checked = True
-
-    def _rules_alone(self, x: Tensor, c: Tensor) -> dict[str, Tensor]:
-        leaves = {name: self._parameters[name].detach().requires_grad_() for name in self.function.names}
-        with torch.enable_grad(), self.function.differentiable_kernels(), self._noted_uses() as uses:
-            f = self.function(leaves, x)
-        zeros = [use.zero for use in uses]
-        passes = (torch.autograd.grad(f, zeros, c_j, retain_graph=True, materialize_grads=True) for c_j in c)
-        return self._squares(uses, len(x), passes if zeros else [])
+        self._formed &= set(self.rules)
 
 
 class _NoRuleError(Exception):
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(f"{module} is applied to inputs that do not have the examples first.")
+        super().__init__(f"The rule of {module} does not hold for its inputs.")
         self.module = module
 
 
 @dataclass(frozen=True)
-class _Use:
-    """One call of a layer: its input and the zero that was added to its output."""
+class _Call:
+    """One call of a layer by a whole batch: its input and the zero that was added to its output."""
 
     module: nn.Module
     a: Tensor
     zero: Tensor
 
-    def input_sites(self, n: int) -> Tensor:
-        """``(n, d, T)``."""
-        module, a = self.module, self.a
-        if len(a) != n:
-            raise _NoRuleError(module)
-        if isinstance(module, nn.Linear):
-            return a.reshape(n, -1, a.shape[-1]).mT
-        if isinstance(module, nn.Conv1d):
-            a = a[:, :, None]
-        kernel, dilation, padding, stride = (
-            (one, *size) if len(size) == 1 else size
-            for one, size in ((1, module.kernel_size), (1, module.dilation), (0, module.padding), (1, module.stride))
-        )
-        if dilation != (1, 1):
-            return unfold(a, kernel, dilation, padding, stride)
-        # the same as unfold, many times faster: views, and one copy along contiguous memory
-        a = pad(a, (padding[1], padding[1], padding[0], padding[0]))
-        windows = a.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (n, c, h, w, kh, kw)
-        return windows.permute(0, 1, 4, 5, 2, 3).reshape(n, -1, windows.shape[2] * windows.shape[3])
-
-    def output_sites(self, g: Tensor, n: int) -> Tensor:
-        """``(n, out, T)``."""
-        if len(g) != n:
+    def factors(self, g: Tensor, n: int) -> dict[str, Tensor | Outer]:
+        """Jacobians of its parameters by its rule, as if each example had gone through alone; ``g`` ``(n, m, ...)``."""
+        if len(self.a) != n or len(g) != n:
             raise _NoRuleError(self.module)
-        return g.reshape(n, -1, g.shape[-1]).mT if isinstance(self.module, nn.Linear) else g.flatten(2)
+        try:
+            return find_rule(self.module)(self.module, self.a[:, None], g[:, :, None])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a rule may be a user's
+            raise _NoRuleError(self.module) from error
 
 
-def _has_rule(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
-        return True
-    if type(module) not in (nn.Conv1d, nn.Conv2d):
+def _factor(factors: dict[str, Tensor | Outer], module: nn.Module, local: str) -> Tensor | Outer:
+    if local not in factors:  # ``weight_v`` of weight_norm, say
+        raise _NoRuleError(module)
+    return factors[local]
+
+
+def _is_one_product(parts: list[Tensor | Outer]) -> bool:
+    """Whether the rows are ``c a^T`` for each example and cotangent."""
+    if len(parts) > 1 or not isinstance(parts[0], Outer):
         return False
-    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    a = parts[0].a
+    return a is not None and a.is_floating_point() and a.shape[1] == 1
+
+
+def _sum_of_squares(parts: list[Tensor | Outer], size: int) -> Tensor:
+    """``sum_ij`` of the squared rows of one parameter, ``(p,)``; they are the sum of ``parts``."""
+    if _is_one_product(parts):
+        # (c a^T)^2 = c^2 (a^2)^T
+        square = parts[0].c.square().sum((1, 2)).mT @ parts[0].a[:, 0].square()
+        return (square.mT if parts[0].transposed else square).flatten()
+    return sum(dense(part, size) for part in parts).square().sum((0, 1))
 
 
 def _dense(gradient: Tensor) -> Tensor:

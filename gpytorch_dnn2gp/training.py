@@ -714,10 +714,16 @@ def train(
 
     Returns:
         The mean negative log-likelihood of each step's batch.
+
+    Raises:
+        ValueError: another number of examples than train_size, or of labels; what a step refuses, which ends training
+            at the last sound state.
     """
     n = len(x)
     if n != optimizer.train_size:
         raise ValueError(f"There are {n} examples, but the optimizer's train_size is {optimizer.train_size}.")
+    if len(y) != n:
+        raise ValueError(f"There are {n} examples, but {len(y)} labels.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be one at least; got {batch_size}.")
     parts = tiling.chunks(n, n if batch_size is None else batch_size)

@@ -94,6 +94,10 @@ class VariationalGP(NetworkGP):
         if isinstance(weights, Iterate):
             if prior_precision is not None or groups is not None:
                 raise ValueError("An iterate knows its prior: leave prior_precision and groups out.")
+            if num_samples is not None and num_samples < 1:
+                raise ValueError(f"num_samples must be one at least; got {num_samples}.")
+            if num_samples is not None and at == "mean":
+                raise ValueError("at='mean' takes no samples: leave num_samples out, or at.")
             if params is None and not isinstance(net, Linearization):
                 params = weights.param_names or None
         elif not isinstance(weights, GaussianWeights):
@@ -204,6 +208,9 @@ def sampling_predictive(
 
     Returns:
         a :class:`Prediction`; ``f`` has the mean and covariance of the draws, for each example.
+
+    Raises:
+        ValueError: fewer than two draws, weights that are not this net's, or noise given for each training example.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, to have a variance; got {num_samples}.")

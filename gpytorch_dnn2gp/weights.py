@@ -10,6 +10,7 @@ P weights in ``named_parameters`` order.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ class GaussianWeights(ABC):
 
     def at(self, mean: Tensor) -> GaussianWeights:
         """The same covariance around another mean, ``(P,)``."""
-        return type(self)(**{**self.tensors(), "mean": mean})
+        other = copy.copy(self)
+        other.mean = mean
+        return other
 
     @abstractmethod
     def covariance_matmul(self, v: Tensor) -> Tensor:
@@ -497,7 +500,8 @@ def from_laplace(posterior: object) -> GaussianWeights:
     """The posterior of laplace-torch: ``DiagLaplace`` or ``FullLaplace``, after ``fit``.
 
     Args:
-        posterior: its object. Of a last-layer one make ``VariationalGP(..., params="last_layer")``.
+        posterior: its object. Of a last-layer one make ``VariationalGP(..., params="last_layer")``. A prior whose mean
+            is not zero is not taken over, so that there is no evidence.
 
     Raises:
         TypeError: another structure (Kronecker, low rank), or another object.
@@ -507,7 +511,9 @@ def from_laplace(posterior: object) -> GaussianWeights:
         raise TypeError(
             f"from_laplace reads a fitted DiagLaplace or FullLaplace of laplace-torch; got {type(posterior).__name__}."
         )
-    return gaussian(mean, precision=precision, prior_precision=posterior.prior_precision_diag.detach())
+    centred = not torch.as_tensor(getattr(posterior, "prior_mean", 0.0)).any()
+    known = posterior.prior_precision_diag.detach() if centred else None
+    return gaussian(mean, precision=precision, prior_precision=known)
 
 
 class SWAG:

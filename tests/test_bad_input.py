@@ -810,6 +810,11 @@ def _(tmp):
     dnn2gp.training.train(vogn(train_size=7), X, Y, epochs=1)
 
 
+@case("train with fewer labels than examples")
+def _(tmp):
+    dnn2gp.training.train(vogn(), X, Y[:5], epochs=1)
+
+
 def gaussian_gp(weights=None, **options) -> dnn2gp.VariationalGP:
     p = problem("gaussian")
     weights = vogn().gaussian() if weights is None else weights
@@ -840,6 +845,16 @@ def _(tmp):
 @case("a prior for an iterate, which has its own")
 def _(tmp):
     gaussian_gp(vogn().iterate(), prior_precision=1.0)
+
+
+@case("an iterate's GP of no samples")
+def _(tmp):
+    gaussian_gp(vogn().iterate(), num_samples=0)
+
+
+@case("an iterate's GP at the mean, and at new samples")
+def _(tmp):
+    gaussian_gp(vogn().iterate(), num_samples=5, at="mean")
 
 
 @case("converged for a Gaussian that was given")
@@ -887,7 +902,10 @@ def _(tmp):
 
 @case("a Kronecker posterior for `from_laplace`")
 def _(tmp):
-    weight_module.from_laplace(object())
+    class KronLaplace:  # laplace-torch's: neither a vector nor a matrix
+        mean, posterior_precision = torch.zeros(17), object()
+
+    weight_module.from_laplace(KronLaplace())
 
 
 @case("draws of weights with a variance of one")

@@ -140,6 +140,22 @@ def test_groups_have_their_own_precision(name):
     mean, S = next_state(opt.iterate(), p, opt.net, *batch(p))
     opt.step(*batch(p))
     assert_close(opt.mean, mean, TOL)
+    assert_close(opt.data_precision, S, TOL)
+
+
+@pytest.mark.parametrize("name", ["OGGN", "OGN"])
+def test_each_weight_may_have_its_own_precision(name):
+    p = problem("gaussian")
+    delta = torch.linspace(0.5, 2.0, sum(q.numel() for q in p.net.parameters()), dtype=F64)
+    opt = made(name, p, prior_precision=delta)
+    assert_close(opt.prior_precision, delta)
+    it = opt.iterate()
+    mean, S = next_state(it, p, opt.net, *batch(p))
+    gp = dnn2gp.VariationalGP(p.net, it, p.x, p.y, p.loss(), converged=True)
+    assert_close(gp.covar_module.prior_variance, 1 / delta)
+    opt.step(*batch(p))
+    assert_close(opt.mean, mean, TOL)
+    assert_close(opt.data_precision, S, TOL)
 
 
 def test_groups_may_differ_in_rates_where_the_covariance_is_diagonal():
@@ -223,6 +239,17 @@ def test_a_resumed_run_goes_on_to_the_bit(name):
     assert torch.equal(opt.iterate().samples, again.iterate().samples)
 
 
+def test_a_state_dict_follows_the_nets_dtype():
+    p = problem("categorical")
+    double = made("VOGN", p)
+    double.step(*batch(p))
+    single = optim.VOGN(copy.deepcopy(double.net).float(), p.loss(), train_size=len(p.x), prior_precision=0.7)
+    single.load_state_dict(double.state_dict())
+    assert single.data_precision.dtype == single.gaussian().variance.dtype == torch.float32
+    assert_close(single.data_precision.double(), double.data_precision, 1e-6)
+    single.step(p.x.float(), p.y)
+
+
 def test_a_state_dict_is_a_snapshot():
     p = problem("gaussian")
     opt = made("VOGN", p)
@@ -256,9 +283,12 @@ def test_samples_have_the_posteriors_moments(name):
 def test_a_posterior_sample_is_taken_out_whatever_happens():
     p = problem("gaussian")
     opt = made("VOGN", p)
-    before = copy.deepcopy(opt.net.state_dict())
+    before, mean = copy.deepcopy(opt.net.state_dict()), opt.mean
     with pytest.raises(KeyError), opt.posterior_sample() as w:
-        assert torch.equal(oracle.weights(opt.net), w) and not torch.equal(w, opt.iterate().mean * 0 + 1)
+        assert torch.equal(oracle.weights(opt.net), w) and not torch.equal(w, mean)
+        # what is asked of the optimizer meanwhile is about the mean
+        assert torch.equal(opt.mean, mean) and torch.equal(opt.iterate().mean, mean)
+        assert torch.equal(opt.gaussian().mean, mean)
         with pytest.raises(RuntimeError, match="posterior sample is in the net"):
             opt.step(*batch(p))
         with pytest.raises(RuntimeError, match="There is a sample"), opt.posterior_sample():

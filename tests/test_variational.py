@@ -231,6 +231,17 @@ def test_sampling_predictive_tends_to_the_gps_where_the_net_is_linear():
     assert_close(s.aleatoric, p.aleatoric)
 
 
+@pytest.mark.parametrize("solver", ["weight_space", "function_space", "iterative"])
+def test_sampling_predictive_of_every_solver(solver):
+    p = problem("categorical")
+    gp = dnn2gp.LaplaceGP(p.net, p.x, p.y, p.loss(), 5.0, solver=solver)
+    drawn = sampling_predictive(gp, p.x_test, num_samples=2000, generator=torch.Generator().manual_seed(0))
+    dense = weights.gaussian(gp.linearization.weights, covariance=gp.weight_posterior().covariance())
+    expected = sampling_predictive(gp, p.x_test, dense, 2000, torch.Generator().manual_seed(1))
+    assert_close(drawn.mean, expected.mean, 0.05)
+    assert_close(drawn.epistemic, expected.epistemic, 0.2)
+
+
 # ---- Gaussians over weights
 
 
@@ -367,3 +378,30 @@ def test_laplace_torchs_posterior_becomes_a_gp(full):
     gp = variational(p, q)
     assert_close(gp(p.x_test).covariance_matrix, laplace(p.x_test).covariance_matrix)
     assert_close(gp.log_evidence(), laplace.log_evidence())
+
+
+def test_a_prior_around_other_weights_is_no_prior_of_ours():
+    p = problem("gaussian")
+    w = oracle.weights(p.net)
+    fake = FakeLaplace(w, torch.ones_like(w), torch.ones_like(w))
+    fake.prior_mean = 0.5
+    assert weights.from_laplace(fake).prior_precision is None
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_laplace_torch_itself_becomes_a_gp(structure):
+    laplace = pytest.importorskip("laplace", reason="needs the package laplace-torch")
+    p = problem("gaussian")
+    options = {"sigma_noise": 0.3, "prior_precision": 0.7}
+    theirs = laplace.Laplace(copy.deepcopy(p.net), "regression", "all", structure, **options)
+    theirs.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(p.x, p.y), batch_size=4))
+    gp = variational(p, weights.from_laplace(theirs))
+    J = oracle.jacobian(p.net, p.x_test)
+    blocks = gp.predict(p.x_test).f.covariance_matrix
+    assert_close(blocks, theirs.functional_variance(J).detach(), 1e-6)
+    assert_close(gp(p.x_test).mean.flatten(), theirs.model(p.x_test).flatten().detach(), 1e-8)
+    if structure == "full":
+        assert_close(gp.log_evidence(), theirs.log_marginal_likelihood().detach(), 1e-6)
+    else:  # of all Gaussians Laplace's has the largest
+        exact = dnn2gp.LaplaceGP(p.net, p.x, p.y, p.loss(), 0.7)
+        assert gp.log_evidence().item() <= exact.log_evidence().item()

@@ -156,7 +156,8 @@ def _patches(
     spatial = len(kernel)
     axes = range(x.dim())
     places, window = axes[2 : 2 + spatial], axes[2 + spatial :]
-    return x.permute(0, *places, 1, *window).reshape(len(x), -1, x.shape[1] * x.shape[-spatial:].numel())
+    # copied along the places, which lie side by side in memory, many times faster than along the short window
+    return x.permute(0, 1, *window, *places).reshape(len(x), x.shape[1] * x.shape[-spatial:].numel(), -1).mT
 
 
 def _grouped(a: Tensor, c: Tensor, groups: int, transposed: bool = False) -> Tensor:
