@@ -169,6 +169,8 @@ class Linearization(nn.Module):
         Raises:
             MemoryError: if it does not fit; names its size.
             FileExistsError: ``file`` exists.
+            OSError: not enough free disk for ``file``; names the size.
+            ValueError: variances that are negative or not finite; shapes that do not fit.
         """
         return self._gram(x1, x2, prior_variance, cotangents1, cotangents2, file, progress)
 
@@ -214,21 +216,39 @@ class Linearization(nn.Module):
         return _gram.gram(self.function, left, right, file=file, progress=progress, **options)
 
     def _require_variance(self, prior_variance: Tensor | None) -> None:
-        if prior_variance is not None and prior_variance.shape != (self.num_weights,):
+        if prior_variance is None:
+            return
+        self._require_alike(prior_variance, "prior_variance")
+        if prior_variance.shape != (self.num_weights,):
             raise ValueError(
                 f"prior_variance has shape {tuple(prior_variance.shape)}; the net has {self.num_weights} selected "
                 "weights."
+            )
+        require_finite(prior_variance, "prior_variance")
+        if (prior_variance < 0).any():
+            index = first_index(prior_variance < 0)
+            raise ValueError(f"prior_variance must not be negative; got {float(prior_variance[index])} at {index}.")
+
+    def _require_alike(self, tensor: Tensor, name: str) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
+        if tensor.dtype != self.dtype or tensor.device != self.device:
+            raise ValueError(
+                f"{name}: {tensor.dtype} on {tensor.device}, but the net is {self.dtype} on {self.device}. Convert one "
+                "of them."
             )
 
     def _checked_cotangents(self, cotangents: Tensor | None, x: Tensor, name: str) -> Tensor | None:
         if cotangents is None:
             return None
+        self._require_alike(cotangents, name)
         inputs, shape = self.prepare(x)
         n, k = len(inputs), self.function.num_rows(inputs)
-        if len(shape) != 1 or cotangents.dim() != 3 or len(cotangents) != n or cotangents.shape[-1] != k:
+        right = cotangents.dim() == 3 and cotangents.shape[::2] == (n, k) and cotangents.shape[1] > 0
+        if len(shape) != 1 or not right:
             raise ValueError(
                 f"{name} has shape {tuple(cotangents.shape)}; {n} examples without batch dimensions and {k} outputs "
-                f"want ({n}, m, {k})."
+                f"want ({n}, m, {k}), m at least 1."
             )
         require_finite(cotangents, name, "They are what the rows of J are multiplied by.")
         return cotangents

@@ -125,6 +125,7 @@ class MatrixFile:
         shape: ``(rows, columns)``, or ``(G, rows, columns)`` for G matrices of the same tiles.
         dtype: of its entries.
         key: says what the entries are computed from; a resumed file must have the same.
+        device: where the entries are computed: its free memory decides the chunks.
 
     Raises:
         FileExistsError: ``path`` exists already.
@@ -134,7 +135,14 @@ class MatrixFile:
 
     SECONDS = 5.0  # between two times that finished tiles are made safe: so much work can be lost
 
-    def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        key: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.path = Path(path)
         self._partial, self._journal = (self.path.with_name(self.path.name + end) for end in (".partial", ".journal"))
         if self.path.suffix != ".npy":
@@ -145,12 +153,15 @@ class MatrixFile:
         self._done: set[tuple[int, int, int, int]] = set()
         self._pending: list[tuple[int, int, int, int]] = []
         self._saved = time.monotonic()
-        if self._journal.exists():
-            self._resume()
+        journal = self._journal.read_text() if self._journal.exists() and self._partial.exists() else ""
+        complete = journal[: journal.rfind("\n") + 1]  # what follows was being written when the process ended
+        if complete:
+            os.truncate(self._journal, len(complete))
+            self._resume(*complete.splitlines())
         else:
-            self._begin()
+            self._begin(device)
 
-    def _begin(self) -> None:
+    def _begin(self, device: torch.device | str) -> None:
         size = int(np.prod(self._header["shape"], dtype=np.int64)) * np.dtype(self._header["dtype"]).itemsize
         free = shutil.disk_usage(self.path.absolute().parent).free
         if size > free:
@@ -158,26 +169,21 @@ class MatrixFile:
                 f"'{self.path}' would take {gigabytes(size)}, more than the {gigabytes(free)} that are free there. "
                 "Choose another disk, or fewer examples."
             )
-        self.free_memory = free_memory()
+        self.free_memory = free_memory(device)
         options = {"mode": "w+", "dtype": self._header["dtype"], "shape": tuple(self._header["shape"])}
         self._array = np.lib.format.open_memmap(self._partial, **options)
         self._array.flush()
         self._append(json.dumps({**self._header, "free_memory": self.free_memory}), mode="w")
 
-    def _resume(self) -> None:
-        header, *lines = self._journal.read_text().splitlines(keepends=True) or [""]
-        try:
-            known = json.loads(header)
-            self.free_memory = known.pop("free_memory")
-        except (ValueError, KeyError):
-            known = None
-        if known != self._header or not self._partial.exists():
+    def _resume(self, header: str, *lines: str) -> None:
+        known = json.loads(header)
+        self.free_memory = known.pop("free_memory")
+        if known != self._header:
             raise ValueError(
                 f"'{self._partial}' was begun with another net, other inputs or another prior. Delete it and "
                 f"'{self._journal}', or choose another file."
             )
-        # a last line without its end was being written when the process ended
-        self._done = {tuple(map(int, line.split())) for line in lines if line.endswith("\n")}
+        self._done = {tuple(map(int, line.split())) for line in lines}
         self._array = np.lib.format.open_memmap(self._partial, mode="r+")
 
     def __enter__(self) -> MatrixFile:

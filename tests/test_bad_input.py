@@ -503,6 +503,27 @@ def _(tmp):
     small_lin().gram(torch.ones(4, 2, dtype=F64), prior_variance=torch.ones(3, dtype=F64))
 
 
+@case("a prior variance below zero for a Gram")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), prior_variance=with_entry(torch.ones(17, dtype=F64), 3, -1.0))
+
+
+@case("a prior variance of another dtype for a Gram")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), prior_variance=torch.ones(17))
+
+
+@case("a number as prior variance for a Gram")
+def _(tmp):
+    small_lin().gram(torch.ones(4, 2, dtype=F64), prior_variance=2.0)
+
+
+@case("a batch of Grams that does not fit")
+def _(tmp):
+    with memory_limit(10_000), no_jacobians():
+        small_lin().gram(torch.ones(10, 20, 2, dtype=F64))
+
+
 @case("a file for a Gram that is not `.npy`")
 def _(tmp):
     small_lin().gram(torch.ones(4, 2, dtype=F64), file=tmp / "k.pt")
@@ -516,6 +537,7 @@ def _(tmp):
 
 @case("an interrupted file of a Gram of other inputs")
 def _(tmp):
+    (tmp / "k.npy.partial").touch()
     (tmp / "k.npy.journal").write_text('{"key": "other", "shape": [4, 4], "dtype": "float64", "free_memory": 1}\n')
     small_lin().gram(torch.ones(4, 2, dtype=F64), file=tmp / "k.npy")
 

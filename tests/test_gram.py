@@ -99,6 +99,10 @@ def test_cotangents_give_other_rows_as_the_empirical_fisher_has(problem):
     assert relative_error(lin.gram(images, cotangents1=r), rows @ rows.mT) < TOLERANCE
     with pytest.raises(ValueError, match="cotangents1 has shape"):
         lin.gram(x, cotangents1=r[:2])
+    with pytest.raises(ValueError, match="m at least 1"):
+        lin.sum_of_squares(x, r[:, :0])
+    with pytest.raises(ValueError, match="cotangents1: torch.float32 on cpu, but the net is torch.float64"):
+        lin.gram(x, cotangents1=r.float())
     with pytest.raises(ValueError, match="cotangents2 belong to x2"):
         lin.gram(x, cotangents2=r)
 
@@ -159,6 +163,43 @@ def test_small_tiles_change_nothing(problem, monkeypatch):
     assert relative_error(lin.gram(x, prior_variance=variances(lin)), lin.gram(x, x, variances(lin))) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["wide", "many rows on one side"])
+def test_features_are_formed_once_for_each_part_that_memory_holds(kind, monkeypatch):
+    """However few examples memory holds, and however many rows the other side has."""
+    lin = Linearization(nn.Sequential(nn.Linear(200, 1000), nn.Tanh(), nn.Linear(1000, 20)).double())
+    x = torch.randn(30, 200).double()
+    c = torch.randn(30, 1, 20).double() if kind != "wide" else None
+    whole = lin.gram(x, x, cotangents1=c)
+    formed, held = [], []
+    features = gram.matrix.features
+
+    def counted(net, x, *args):
+        out = features(net, x, *args)
+        formed.append(len(x))
+        held.append(out.num_numbers * 8)
+        return out
+
+    monkeypatch.setattr(gram.matrix, "features", counted)
+    with tiling.memory_limit(6_000_000):
+        assert relative_error(lin.gram(x, x, cotangents1=c), whole) < TOLERANCE
+    assert max(held) <= 6_000_000 / 4  # beside the result, and the other side's
+    assert sum(formed) < 30 * 12
+
+
+@pytest.mark.parametrize("per_weight", [False, True])
+def test_the_jacobian_of_a_layer_is_formed_again_where_that_is_cheaper(per_weight):
+    """A convolution of many sites: products over sites cost far more than its Jacobian, however many examples."""
+    prior = {"w": gram.contract.ParameterPrior(0, torch.ones(36864) if per_weight else None)}
+    layer = gram.contract.Layer(torch.zeros(1, 10, 1024, 64), {"w": (torch.zeros(1, 1024, 576), False)})
+
+    def formed(**use):
+        return gram.contract.cheaper_dense(layer, {"w": 36864}, prior, gram.contract.Use(memory=1e8, **use))
+
+    for n in (100, 1000, 10000):
+        assert formed(pairs=n * n / 2, num_examples=n) == {"w"}
+    assert formed(pairs=1000 * 500, num_examples=1000, again=False) == set()  # a graph holds all
+
+
 @pytest.mark.parametrize("method", ["sites", "apply", "dense"])
 def test_every_order_of_contraction_gives_the_same(problem, method, monkeypatch):
     lin, x, j = problem
@@ -211,6 +252,34 @@ def test_first_and_second_derivatives_in_x(per_weight):
     hessian = torch.func.hessian(lambda a: lin.gram(a[None], x2.detach()).sum())(x1[0].detach())
     expected = torch.autograd.functional.hessian(lambda a: lin.gram(a[None], x2.detach()).sum(), x1[0].detach())
     assert relative_error(hessian, expected) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # unfold's backward
+def test_derivatives_by_torch_func_alone():
+    """A shape that a transform brings first cannot be checked there: plain autodiff, and rules from then on."""
+    net, x = convolutional(), PROBLEMS["convolutional"][1][:2]
+    weights = torch.randn(6, 6, dtype=torch.float64)
+
+    def total(lin, x):
+        return (lin.gram(x) * weights).sum()
+
+    lin = Linearization(net, input_shape=(1, 8, 8))
+    found = torch.func.grad(lambda x: total(lin, x))(x)
+    inputs = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(lin, inputs), inputs)
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_derivatives_in_equal_prior_variances_by_torch_func():
+    """Variances that happen to be equal are still different variables."""
+    lin = Linearization(convolutional(), input_shape=(1, 8, 8))
+    x = PROBLEMS["convolutional"][1][:2]
+    v, u = torch.ones_like(lin.weights), variances(lin)
+    expected = lin.jacobian(x).square().sum((0, 1))
+    found = torch.func.grad(lambda v: lin.gram(x, prior_variance=v).diagonal().sum())(v)
+    assert relative_error(found, expected) < TOLERANCE
+    _, found = torch.func.jvp(lambda v: lin.gram(x, prior_variance=v).diagonal().sum(), (v,), (u,))
+    assert relative_error(found, u @ expected) < TOLERANCE
 
 
 def test_derivative_in_the_prior_variance():
@@ -380,6 +449,50 @@ def test_a_wrong_batching_rule_of_torch_is_noticed(monkeypatch):
     assert relative_error(lin.jacobian(x), expected) < TOLERANCE
 
 
+class OtherUse(nn.Module):
+    """A weight that only longer inputs meet in a second way."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 20), nn.Linear(20, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        z = self.second(self.first(x.mean(1, keepdim=True)).tanh())
+        if x.shape[1] > 3:
+            z = z + nn.functional.linear(self.first(x[:, :1]).cos(), self.second.weight)
+        return self.last(z.tanh())
+
+
+def test_inputs_of_two_lengths_of_which_one_meets_another_use():
+    lin = Linearization(OtherUse().double())
+    short, long = torch.randn(5, 3).double(), torch.randn(4, 6).double()
+    rows, others = (lin.jacobian(x).flatten(0, 1) for x in (short, long))
+    with pytest.warns(gram.FallbackWarning, match="second.weight"):
+        assert relative_error(lin.gram(short, long), rows @ others.mT) < TOLERANCE
+    assert relative_error(lin.gram(long, short), others @ rows.mT) < TOLERANCE
+    assert relative_error(lin.gram(short), rows @ rows.mT) < TOLERANCE
+
+
+class Empty(nn.Module):
+    """Has a parameter without a single weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.none = nn.Linear(3, 2), nn.ParameterList([nn.Parameter(torch.zeros(0))])
+
+    def forward(self, x):
+        return self.layer(x) + self.none[0].sum()
+
+
+def test_a_parameter_without_weights():
+    lin = Linearization(Empty().double())
+    x, v = torch.randn(4, 3).double(), variances(lin)
+    rows = lin.jacobian(x).flatten(0, 1)
+    assert relative_error(lin.gram(x), rows @ rows.mT) < TOLERANCE
+    assert relative_error(lin.gram(x, prior_variance=v), (rows * v) @ rows.mT) < TOLERANCE
+
+
 # ---- files
 
 
@@ -420,6 +533,11 @@ def test_an_interrupted_file_of_other_inputs_is_refused(problem, tmp_path, monke
     assert sorted(os.listdir(tmp_path)) == ["k.npy.journal", "k.npy.partial"]
     with pytest.raises(ValueError, match="begun with another net, other inputs or another prior"):
         lin.gram(x[:-1], file=path)
+    with open(tmp_path / "k.npy.journal", "r+") as journal:
+        journal.truncate(5)  # killed while its first line was being written: begun anew
+    assert relative_error(lin.gram(x, file=path), lin.gram(x)) < TOLERANCE
+    (tmp_path / "k.npy").unlink()
+    (tmp_path / "k.npy.journal").write_text("of a matrix that is no more\n")
     assert relative_error(lin.gram(x, file=path), lin.gram(x)) < TOLERANCE
 
 

@@ -31,6 +31,8 @@ from .rules import Outer
 
 # What one number costs that is read, multiplied and written, in multiplications of a matrix product.
 ELEMENTWISE = 25
+# A net's passes that give a layer its Jacobian, in times what the layer's own part of one costs.
+PASSES = 10
 BLOCK_NUMBERS = 4 * 2**20  # intermediate products are this large: they stay in the processor's caches
 
 
@@ -127,7 +129,8 @@ class Use:
         num_examples: whose features are formed, those of both sides together.
         other_rows: m' of the other side; None for the same as this side's.
         trace: whether the sum over rows is all that is wanted: features then have one row.
-        memory: how many numbers one parameter's Jacobian may have, where there is another way.
+        memory: how many numbers one parameter's Jacobian may have at a time: a larger one is formed again and again.
+        again: whether it can be; else a larger one is not formed where there is another way.
     """
 
     pairs: float
@@ -135,6 +138,7 @@ class Use:
     other_rows: int | None = None
     trace: bool = False
     memory: float = math.inf
+    again: bool = True
 
 
 def cheaper_dense(layer: Layer, sizes: dict[str, int], prior: Prior, use: Use) -> set[str]:
@@ -161,8 +165,11 @@ def cheaper_dense(layer: Layer, sizes: dict[str, int], prior: Prior, use: Use) -
             continue
         size = layer.repeats * sizes[name]
         explicit += (use.pairs * m * m2 + use.num_examples * m * t) * size
-        if use.num_examples * m * size > use.memory:
-            explicit = math.inf
+        parts = use.num_examples * m * size / use.memory  # of the examples, whose Jacobians are held at a time
+        if parts > 1:
+            explicit += parts * PASSES * use.num_examples * m * t * size
+            if not use.again or parts > use.num_examples:
+                explicit = math.inf
         if a is None:
             continue
         d_in = _width(a)
@@ -258,14 +265,14 @@ def product(left: Features, right: Features, prior: Prior, num_groups: int = 1) 
     return [empty if total is None else total.flatten(-3, -2) for total in sums.totals]
 
 
-def numbers_per_pair(features: Features) -> int:
-    """The largest intermediate product for each pair of examples."""
-    largest = features.num_rows**2
+def numbers_per_pair(features: Features, other_rows: int) -> int:
+    """The largest intermediate product for each pair of examples; those of the other side have ``other_rows`` rows."""
+    largest = features.num_rows * other_rows
     for layer in features.layers:
         m, t, d = layer.c.shape[-3:]
         width = max(_width(a) for a, _ in layer.inputs.values())
-        applied = t > 1 and _apply_cost(m, m, t, t, width, d) < _sites_cost(m, m, t, t, width, d)
-        largest = max(largest, t * t * (1 if applied else m * m))
+        applied = t > 1 and _apply_cost(m, other_rows, t, t, width, d) < _sites_cost(m, other_rows, t, t, width, d)
+        largest = max(largest, t * t * (1 if applied else m * other_rows))
     return largest
 
 

@@ -36,12 +36,27 @@ def covered_layers(net: NetFunction, x: Tensor) -> Layers:
 
     Args:
         net: the net; the answer is kept in ``net.covered``.
-        x: inputs ``(n, *input_shape)``, n > 0.
+        x: inputs ``(n, *input_shape)``, n > 0. Within a transform of ``torch.func`` nothing can be checked: a shape
+            that comes up there first goes by plain autodiff.
     """
     shape = x.shape[1:]
     if shape not in net.covered:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return {}
         net.covered[shape] = _checked(net, _candidates(net), x.detach())
     return net.covered[shape]
+
+
+def share_coverage(net: NetFunction, x1: Tensor, x2: Tensor) -> None:
+    """Rules for what they cover with inputs of either shape, so that features of both have the same form."""
+    shapes = x1.shape[1:], x2.shape[1:]
+    if shapes[0] == shapes[1]:
+        return
+    first, second = covered_layers(net, x1), covered_layers(net, x2)
+    if first != second:
+        shared = {name for names in second.values() for name in names}
+        both = {layer: [name for name in names if name in shared] for layer, names in first.items()}
+        net.covered[shapes[0]] = net.covered[shapes[1]] = {layer: names for layer, names in both.items() if names}
 
 
 def layer_factors(
@@ -79,7 +94,8 @@ def _candidates(net: NetFunction) -> Layers:
     layers: Layers = {}
     for name in net.names:
         layer, _, local = name.rpartition(".")
-        if find_rule(modules[layer]) is not None and owners[id(modules[layer]._parameters[local])] == 1:
+        parameter = modules[layer]._parameters[local]
+        if find_rule(modules[layer]) is not None and owners[id(parameter)] == 1 and parameter.numel():
             layers.setdefault(layer, []).append(name)
     return layers
 

@@ -18,7 +18,7 @@ def gram_blocks(net: NetFunction, side: Side, prior_variance: Tensor | None = No
     """The diagonal blocks ``C_i J_i S0 J_i^T C_i^T`` of the Gram matrix, ``(n, m, m)``, at the cost of n examples."""
     prior, sizes = prior_of(net, prior_variance), net.sizes_by_name()
     blocks = [torch.zeros(0, *2 * (side.num_rows(net),), dtype=net.dtype, device=side.x.device)]
-    use = Use(len(side), len(side), memory=tiling.numbers_per_chunk(net.dtype, side.x.device))
+    use = Use(1, 1, memory=tiling.numbers_per_chunk(net.dtype, side.x.device), again=False)
 
     def form(layer: Layer) -> set[str]:
         return cheaper_dense(layer, sizes, prior, use)

@@ -33,7 +33,7 @@ def features(
     """
     layers = covered_layers(net, x)
     covered = {name for names in layers.values() for name in names}
-    rest = net.restricted([name for name in net.names if name not in covered])
+    rest = net.restricted([name for name, size in net.sizes_by_name().items() if size and name not in covered])
     num_rows = net.num_rows(x, cotangents)
     length = chunk_length(net, x, num_rows)
     if rest.names:

@@ -30,6 +30,7 @@ from .contract import (
     numbers_per_pair,
     product,
 )
+from .coverage import share_coverage
 from .features import features
 
 # The largest intermediate of one tile stays in a processor's own cache; a GPU wants them larger.
@@ -110,7 +111,8 @@ def gram(
     assembly = _Assembly(net, left, right, prior, num_groups, trace, progress)
     if file is not None:
         key = _digest(net, left, right, prior_variance, groups, trace)
-        return assembly.to_file(tiling.MatrixFile(file, shape if groups is not None else shape[1:], net.dtype, key))
+        size = shape if groups is not None else shape[1:]
+        return assembly.to_file(tiling.MatrixFile(file, size, net.dtype, key, device))
     if 0 in shape:
         return torch.zeros(shape if groups is not None else shape[1:], dtype=net.dtype, device=device)
     tiling.require_memory(
@@ -121,9 +123,8 @@ def gram(
         "Use fewer examples, write it to a file (gram(..., file='gram.npy')), or use a GP in weight space or with "
         "solver='iterative', which do without it.",
     )
-    needs_graph = _needs_graph(left, other, prior_variance)
-    with torch.set_grad_enabled(needs_graph):
-        out = assembly.with_graph() if needs_graph else assembly.in_memory(shape)
+    with torch.set_grad_enabled(assembly.needs_graph):
+        out = assembly.with_graph() if assembly.needs_graph else assembly.in_memory(shape)
     return out if groups is not None else out[0]
 
 
@@ -144,6 +145,11 @@ class _Assembly:
         self.symmetric, self.right = right is None, left if right is None else right
         self.progress = progress
         self.trace = trace
+        variances = [each.variance for each in prior.values() if each.variance is not None]
+        sides = [left.x, left.cotangents, self.right.x, self.right.cotangents]
+        self.needs_graph = any(_has_derivative(tensor) for tensor in [*sides, *variances])
+        if 0 not in (len(left), len(self.right)):
+            share_coverage(net, left.x, self.right.x)
 
     def features(self, side: Side, like: Features | None = None) -> Features:
         """Of one side, or some of its examples."""
@@ -161,6 +167,7 @@ class _Assembly:
             other_rows=self.right.num_rows(self.net),
             trace=self.trace,
             memory=tiling.numbers_that_fit(self.net.dtype, self.left.x.device) / 4,
+            again=not self.needs_graph,
         )
         return cheaper_dense(layer, self.net.sizes_by_name(), self.prior, use)
 
@@ -210,12 +217,14 @@ class _Assembly:
         first = self.features(self.left if everything else self.left.part(slice(0, 1)))
         m1 = first.num_rows
         m2 = m1 if self.symmetric or self.trace else self.right.num_rows(self.net)
-        held = n1 + n2 if everything else max(1, fit // max(1, 2 * first.num_numbers))
+        # Those of the other side are larger by their rows.
+        both = first.num_numbers * (1 + max(1, m2 / max(1, m1)))
+        held = n1 + n2 if everything else max(1, int(fit // max(1, both)))
         numbers = TILE_BYTES.get(self.left.x.device.type, 2**28) // tiling.element_size(self.net.dtype)
-        tile = max(1, int((numbers / numbers_per_pair(first)) ** 0.5))
+        tile = max(1, int((numbers / numbers_per_pair(first, m2)) ** 0.5))
         if self.symmetric:  # several tiles, so that those below the diagonal are saved
             tile = min(tile, max(-(-n1 // 6), -(-MIN_TILE_ROWS // m1)))
-        held = max(1, held // tile * tile) if held < n1 + n2 else n1 + n2
+        held = (held // tile * tile or held) if held < n1 + n2 else n1 + n2
         with self._bar(n1, n2) as bar:
             for outer in tiling.chunks(n1, held):
                 left = first if everything else None
@@ -278,8 +287,18 @@ def batched_gram(
         lead = () if groups is None else (len(groups),)
         batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
         return torch.zeros(*lead, *batch, *sizes, dtype=net.dtype, device=left.x.device)
-    assembly = _Assembly(net, left, right, prior, 1 if groups is None else len(groups), trace, False)
-    with torch.set_grad_enabled(_needs_graph(left, other, prior_variance)):
+    num_groups = 1 if groups is None else len(groups)
+    assembly = _Assembly(net, left, right, prior, num_groups, trace, False)
+    m1, m2 = (1, 1) if trace else (left.num_rows(net), other.num_rows(net))
+    size = torch.Size((num_groups, *torch.broadcast_shapes(shape1[:-1], shape2[:-1]), shape1[-1] * m1, shape2[-1] * m2))
+    tiling.require_memory(
+        size.numel(),
+        net.dtype,
+        left.x.device,
+        f"The batch of Gram matrices ({' x '.join(map(str, size))})",
+        "Ask for fewer elements of the batch at once.",
+    )
+    with torch.set_grad_enabled(assembly.needs_graph):
         first = assembly.features(left)
         second = first if right is None else assembly.features(right, first)
         if allows_batch(first, prior):
@@ -320,20 +339,16 @@ def prior_of(net: NetFunction, variance: Tensor | None, groups: Sequence[Tensor]
     for number, indices in enumerate(groups or []):
         numbers[indices.cpu()] = number
     prior: Prior = {}
-    exact = variance is not None and variance.requires_grad and torch.is_grad_enabled()
+    exact = _has_derivative(variance)
     for name, part in zip(net.names, net.slices(), strict=True):
-        group = int(numbers[part.start])
+        group = int(numbers[part][:1].sum())  # a tensor may have no weights
         if groups is not None and not bool((numbers[part] == group).all()):
             return None
         here = None if variance is None else variance[part]
-        if here is not None and not exact and bool((here == here[0]).all()):
+        if here is not None and len(here) and not exact and bool((here == here[0]).all()):
             here = here[0]
         prior[name] = ParameterPrior(group, here)
     return prior
-
-
-def _needs_graph(left: Side, right: Side, prior_variance: Tensor | None) -> bool:
-    return any(_has_derivative(t) for t in (left.x, left.cotangents, right.x, right.cotangents, prior_variance))
 
 
 def _has_derivative(x: Tensor | None) -> bool:
@@ -360,5 +375,5 @@ def _digest(
     for tensor in [*tensors, prior_variance, *(groups or [])]:
         hasher.update(repr(None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))).encode())
         if tensor is not None:
-            hasher.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+            hasher.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
