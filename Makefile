@@ -7,11 +7,13 @@
 #   make test ARGS="-k evidence -x"          options for pytest
 #   make fuzz SEEDS=0:10000                  other random nets
 #   make bench PEERS="--laplace-python ..."  with our peers; examples/benchmarks/grams.py says how
+#   make bench WIDE_PEER="--peer-python ..." with neural-tangents; examples/benchmarks/infinite_width.py says how
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 PEERS ?=
+WIDE_PEER ?=
 SEEDS ?= 0:640
 
 VENV := .venv
@@ -49,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/wide_outputs.py
 	$(BIN)/python examples/benchmarks/evidence_gradient.py
 	$(BIN)/python examples/benchmarks/vogn_mnist.py
+	$(BIN)/python examples/benchmarks/infinite_width.py $(WIDE_PEER)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -55,8 +55,8 @@ class Candidate:
 
     Attributes:
         model: a net, which is copied and trained; a GPyTorch kernel, for a GP with it and Gaussian noise; GPyTorch's
-            ``mll`` of any model on the training data; or a function without arguments that makes one of these (a net
-            then with initial weights drawn from the comparison's seed).
+            ``mll`` of any model on the training data, of a batch of outputs in sum; or a function without arguments
+            that makes one of these (a net then with initial weights drawn from the comparison's seed).
         loss, prior_precision, groups: of a net, in the place of the comparison's.
         settings: columns of the table, such as ``{"width": 20}``, to plot over.
     """
@@ -611,8 +611,9 @@ def _run_gp(task: _Task, made: Kernel | MarginalLogLikelihood) -> tuple[nn.Modul
     if task.test_x is not None:
         with torch.no_grad():
             y = likelihood(model(task.test_x.flatten(1)))
-        labels = task.test_y.reshape(y.mean.shape).to(y.mean)
-        scores |= _test_scores(Normal(y.mean, y.variance.sqrt()), labels, task.test_metrics)
+        mean, variance = (y.mean.mT, y.variance.mT) if y.batch_shape else (y.mean, y.variance)
+        labels = task.test_y.reshape(mean.shape).to(mean)
+        scores |= _test_scores(Normal(mean, variance.sqrt()), labels, task.test_metrics)
     return model, scores
 
 
@@ -623,7 +624,7 @@ def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -
 
     def value() -> Tensor:
         output = model(*model.train_inputs)
-        return mll(output, model.train_targets) * output.event_shape.numel()
+        return (mll(output, model.train_targets) * output.event_shape.numel()).sum()  # over a batch of outputs
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
         nn.utils.vector_to_parameters(torch.as_tensor(values).to(parameters[0]), parameters)

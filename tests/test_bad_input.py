@@ -1109,6 +1109,31 @@ def _(tmp):
     wide_kernel(nn.Linear(2, 1), x=with_entry(X, (3, 1), torch.nan))
 
 
+@case("variances that grow beyond the dtype")
+def _(tmp):
+    dnn2gp.infinite.fully_connected(60, "relu", 1e3)(X.float()).to_dense()
+
+
+@case("a normalisation of other axes, at infinite width")
+def _(tmp):
+    wide_kernel(nn.Conv2d(2, 4, 1), nn.LayerNorm([3, 3]), shape=(2, 3, 3), x=torch.ones(1, 18, dtype=F64))
+
+
+@case("a layer whose weight is made of others")
+def _(tmp):
+    wide_kernel(nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.ReLU(), nn.Linear(4, 1))
+
+
+@case("dropout of inputs, with masks drawn")
+def _(tmp):
+    wide_kernel(nn.Dropout(0.2), nn.Linear(2, 1), dropout=True)
+
+
+@case("a product rule with a step and a tolerance")
+def _(tmp):
+    dnn2gp.infinite.integrals.ProductRule(torch.tanh, tolerance=1e-6, step=0.1)
+
+
 # ---- the table
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of Gram matrices, small: its contenders start, agree and end."""
+"""Benchmarks, small: they start, their contenders agree, and they end."""
 
 import csv
 import subprocess
@@ -20,3 +20,13 @@ def test_grams(tmp_path):
     assert float(rows["vmap(jacrev)"]["differs"]) < 1e-5
     assert "laplace-torch: not given" in run.stdout
     assert "Matrix products of the cheapest contractions" in run.stdout
+
+
+def test_infinite_width(tmp_path):
+    options = ["--n", "12", "--repeats", "1", "--threads", "1", "--skip-images"]
+    command = [sys.executable, BENCHMARKS / "infinite_width.py", *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split() for line in run.stdout.splitlines() if " float32 " in line or " float64 " in line]
+    assert len(rows) == 16
+    assert all(float(row[-3]) > 0 and row[-2:] == ["-", "-"] for row in rows)

@@ -1,6 +1,7 @@
 """Infinite-width kernels: laws, gradients, layouts of nets, hyperparameters, GPyTorch and BoTorch."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from torch import nn
 from gpytorch_dnn2gp import Linearization, infinite
 from gpytorch_dnn2gp.infinite import integrals
 from gpytorch_dnn2gp.infinite import program as programs
+from gpytorch_dnn2gp.losses import Gaussian
+from gpytorch_dnn2gp.selection import Candidate, compare
 
 F64 = torch.float64
 ACTIVATIONS = (
@@ -270,6 +273,161 @@ def test_sequences_with_channels_last():
     torch.testing.assert_close(K, 1.5 * sum(each) / 3 + 0.2)
 
 
+def test_every_normalisation_knows_its_axes():
+    """Against wide nets; what would normalise other axes is refused, also where torch would find it possible."""
+
+    def net(norm, *, tokens=False):
+        first = nn.Linear(3, 6) if tokens else nn.Conv1d(3, 6, 3, padding=1)
+        return nn.Sequential(first, norm, nn.ReLU(), nn.Flatten(), nn.Linear(24, 1)).double()
+
+    x = images(3, 3, 4)
+    for norm in (nn.GroupNorm(2, 6), nn.LayerNorm([6, 4]), nn.GroupNorm(1, 6)):
+        kernel = infinite.NTKKernel(net(norm), 1.6, 0.1, input_shape=(3, 4))
+        result = infinite.monte_carlo(net(norm), x, 128, 30, kernel, torch.Generator().manual_seed(0), progress=False)
+        assert result.error[0] < max(4 * result.noise[0], 0.05)
+    for norm in (nn.LayerNorm([6]), nn.LayerNorm([4]), nn.LayerNorm([9, 6, 4])):
+        with pytest.raises(ValueError, match="the axes it normalises are not those of its input"):
+            dense(infinite.NNGPKernel(net(norm), input_shape=(3, 4)), x)
+    with pytest.raises(ValueError, match="the axes it normalises"):
+        dense(infinite.NNGPKernel(net(nn.GroupNorm(2, 4), tokens=True), input_shape=(4, 3)), images(3, 4, 3))
+    image = nn.Sequential(nn.Conv2d(2, 4, 1), nn.LayerNorm([5, 5]), nn.Flatten(), nn.Linear(100, 1))
+    with pytest.raises(ValueError, match="the axes it normalises"):  # positions without channels
+        dense(infinite.NNGPKernel(image.double(), input_shape=(2, 5, 5)), images(3, 2, 5, 5))
+    with pytest.raises(NotImplementedError, match="groups are of one channel each"):
+        infinite.NNGPKernel(net(nn.GroupNorm(6, 6)), input_shape=(3, 4))
+
+
+def test_inputs_may_be_normalised_first():
+    x = torch.randn(4, 6, dtype=F64)
+    net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1)).double()
+    normal = nn.functional.layer_norm(x, (6,))
+    torch.testing.assert_close(dense(infinite.NNGPKernel(net, 1.5, 0.2), x), 1.5 * normal @ normal.mT / 6 + 0.2)
+
+
+class Shaped(nn.Module):
+    def __init__(self, view) -> None:
+        super().__init__()
+        self.view, self.stem, self.readout = view, nn.Conv2d(1, 3, 3), nn.Linear(12, 1)
+
+    def forward(self, x):
+        return self.readout(self.view(torch.relu(self.stem(x))))
+
+
+def test_views_of_every_kind_flatten():
+    x = images(3, 1, 4, 4)
+    views = (
+        lambda h: h.view(h.size(0), -1),
+        lambda h: h.view(-1, 12),
+        lambda h: h.reshape(h.shape[0], 12),
+        lambda h: torch.reshape(h, (-1, 12)),
+        lambda h: h.flatten(1),
+    )
+    kernels = [infinite.NNGPKernel(Shaped(view).double(), input_shape=(1, 4, 4)) for view in views]
+    for kernel in kernels[1:]:
+        assert torch.equal(dense(kernel, x), dense(kernels[0], x))
+    with pytest.raises(NotImplementedError, match="reshapes to"):
+        infinite.NNGPKernel(Shaped(lambda h: h.view(-1, 3, 4)))
+
+
+def test_subclasses_with_their_own_forward_and_made_weights_are_not_taken_for_plain_layers():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Renamed(nn.Linear):
+        pass
+
+    with pytest.raises(NotImplementedError):
+        infinite.NNGPKernel(nn.Sequential(Doubled(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    x = torch.randn(3, 2)
+    one, two = (
+        infinite.NNGPKernel(nn.Sequential(kind(2, 3), nn.ReLU(), nn.Linear(3, 1))) for kind in (Renamed, nn.Linear)
+    )
+    assert torch.equal(dense(one, x), dense(two, x))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    with pytest.raises(NotImplementedError, match="made of other parameters"):
+        infinite.NNGPKernel(nn.Sequential(normed, nn.ReLU(), nn.Linear(3, 1)))
+
+
+def test_the_standard_ntk_of_a_flattened_net_counts_positions():
+    x = images(3, 1, 4, 4)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 1)).double()
+    w, b = torch.tensor(1.5, dtype=F64), torch.tensor(0.2, dtype=F64)
+    module = infinite.NTKKernel(net, w, b, input_shape=(1, 4, 4), parameterization="standard")
+    explicit = infinite.convolutional(
+        1,
+        "relu",
+        w,
+        b,
+        input_shape=(1, 4, 4),
+        padding=0,
+        top="flatten",
+        kernel="ntk",
+        width=6,
+        parameterization="standard",
+    )
+    torch.testing.assert_close(dense(explicit, x), dense(module, x))
+
+
+class Dropped(nn.Module):
+    def __init__(self, functional: bool, first: bool) -> None:
+        super().__init__()
+        self.functional, self.first = functional, first
+        self.drop, self.stem, self.readout = nn.Dropout(0.3), nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        drop = (lambda h: nn.functional.dropout(h, 0.3, self.training)) if self.functional else self.drop
+        h = torch.tanh(self.stem(drop(x) if self.first else x))
+        return self.readout(h if self.first else drop(h))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_dropout_of_inputs_is_off_or_refused(functional):
+    x, net = torch.randn(4, 3, dtype=F64), Dropped(functional, True).double()
+    plain = infinite.NNGPKernel(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double())
+    assert torch.equal(dense(infinite.NNGPKernel(net), x), dense(plain, x))
+    with pytest.raises(ValueError, match="drops entries of the inputs"):
+        dense(infinite.NNGPKernel(net, dropout=True), x)
+
+
+@pytest.mark.parametrize(("kind", "per_channel"), [(nn.Dropout, False), (nn.Dropout2d, True)])
+def test_dropout_of_channels_and_of_entries_against_wide_nets(kind, per_channel):
+    def net(p):
+        layers = [nn.Conv2d(2, 4, 1), nn.ReLU(), kind(p), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)]
+        return nn.Sequential(*layers).double()
+
+    x = images(3, 2, 3, 3)
+    kernel = infinite.NNGPKernel(net(0.5), 1.5, 0.1, input_shape=(2, 3, 3), dropout=True)
+    plain = dense(infinite.NNGPKernel(net(0.5), 1.5, 0.1, input_shape=(2, 3, 3)), x)
+    if per_channel:  # all positions of a channel share a mask
+        torch.testing.assert_close(dense(kernel, x).diagonal() - 0.1, 2 * (plain.diagonal() - 0.1))
+    result = infinite.monte_carlo(net(0.5), x, 256, 100, kernel, torch.Generator().manual_seed(0), progress=False)
+    assert result.error[0] < 4 * result.noise[0]
+    unmasked = (result.mean[0] - plain).diagonal().mean() / plain.diagonal().mean()
+    assert unmasked > 0.03
+
+
+def test_alpha_dropout_is_off_or_refused():
+    net = nn.Sequential(nn.Linear(3, 8), nn.SELU(), nn.AlphaDropout(0.3), nn.Linear(8, 1)).double()
+    x = torch.randn(4, 3, dtype=F64)
+    assert dense(infinite.NNGPKernel(net), x).isfinite().all()
+    with pytest.raises(ValueError, match="has no rule"):
+        dense(infinite.NNGPKernel(net, dropout=True), x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_variances_beyond_the_dtype_raise_also_as_gpytorch_expects_it(activation):
+    x = torch.randn(4, 3)
+    kernel = infinite.fully_connected(
+        60 if activation == "relu" else 1, activation, 1e3 if activation == "relu" else 3e38
+    )
+    for error in (ValueError, gpytorch.utils.errors.NanError):
+        with pytest.raises(error, match=r"beyond torch.float32|is inf"):
+            dense(kernel, 10 * x)
+    if activation == "relu":
+        assert dense(kernel.double(), 10 * x.double()).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["nngp", "ntk"])
 def test_dropout_adds_to_variances_alone(kind):
     x = torch.randn(5, 3, dtype=F64)
@@ -341,6 +499,17 @@ def test_variances_are_shared_or_per_layer():
     assert shared.bias_variance.item() == 0.0
     shared.initialize(weight_variance=1.5)
     assert shared.weight_variance.item() == pytest.approx(1.5)
+
+
+def test_a_traced_kernel_can_be_pickled_and_shows_its_net():
+    x = images(4, 2, 5)
+    for functional in (True, False):
+        kernel = infinite.NTKKernel(Branches(functional).double(), input_shape=(2, 5))
+        assert torch.equal(dense(pickle.loads(pickle.dumps(kernel)), x), dense(kernel, x))
+    shown = [repr(infinite.fully_connected(depth, phi)) for depth in (1, 2) for phi in ("relu", "tanh", lambda x: x)]
+    assert len(set(shown)) == 6 and not any(" at 0x" in text for text in shown)
+    alphas = [repr(infinite.NNGPKernel(nn.Sequential(nn.Linear(2, 2), nn.ELU(a), nn.Linear(2, 1)))) for a in (1.0, 2.0)]
+    assert alphas[0] != alphas[1]
 
 
 def test_priors_state_dicts_pickles_and_copies():
@@ -536,6 +705,61 @@ def test_one_hot_regression_takes_one_cholesky_for_all_classes(monkeypatch):
     torch.testing.assert_close(gp(z).mean.mT, mean)
     torch.testing.assert_close(gp(z).variance, variance.expand(4, 6))
     assert gp.predict(torch.cat([z, x]))[0].shape == (46, 4)
+
+
+def depths(x, y, weight: float = 1.5) -> dict:
+    """One-hot GPs of several depths, as `compare` takes them."""
+
+    def make(depth):
+        gp = infinite.OneHotGP(x, y, kernel_of("nngp", depth, "erf", weight, 0.1), noise=0.05)
+        return gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)
+
+    return {f"depth {d}": Candidate(functools.partial(make, d), settings={"depth": d}) for d in (1, 3)}
+
+
+def test_the_depth_is_chosen_by_evidence_in_regression(tmp_path):
+    """`compare` of kernels: data drawn from one depth, which the evidence prefers."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 3, dtype=F64, generator=generator)
+    truth = kernel_of("nngp", 1, "relu", 3.0, 0.5)
+    root = torch.linalg.cholesky(dense(truth, x) + 1e-4 * torch.eye(60, dtype=F64))
+    y = root @ torch.randn(60, dtype=F64, generator=generator)
+    candidates = {
+        f"depth {d}": Candidate(kernel_of("nngp", d, "relu", 2.0, 0.2), settings={"depth": d}) for d in (1, 4, 12)
+    }
+    file = tmp_path / "depths.csv"
+    table = compare(candidates, x, y, Gaussian(0.1), file=file, n_jobs=1, progress=False)
+    assert table.best == "depth 1"
+    gp = table.models["depth 1"]
+    root = torch.linalg.cholesky(dense(gp.covar_module, x) + gp.likelihood.noise.detach() * torch.eye(60, dtype=F64))
+    normal = torch.distributions.MultivariateNormal(gp.mean_module(x).detach(), scale_tril=root)
+    assert table.rows[0]["evidence"] == pytest.approx(float(normal.log_prob(y)), rel=1e-4)
+    assert compare(candidates, x, y, Gaussian(0.1), file=file, n_jobs=1, progress=False).rows == table.rows
+    swapped = {"depth 1": candidates["depth 4"], "depth 4": candidates["depth 1"], "depth 12": candidates["depth 12"]}
+    with pytest.raises(ValueError, match="another candidate by the name"):
+        compare(swapped, x, y, Gaussian(0.1), file=file, n_jobs=1, progress=False)
+
+
+def test_the_depth_is_chosen_by_evidence_in_classification():
+    """`compare` of mlls over a batch of classes: their evidence in sum, accuracy by a metric of one's own."""
+    x, y = torch.randn(30, 3, dtype=F64), torch.arange(30) % 3
+    x[:, 0] += 2.0 * y
+    new, classes = x + 0.01, nn.functional.one_hot(y, 3).double() - 1 / 3
+
+    def accuracy(predicted, labels):
+        return (predicted.mean.argmax(-1) == labels.argmax(-1)).double().mean()
+
+    options = {"test_x": new, "test_y": classes, "test_metrics": {"accuracy": accuracy}, "n_jobs": 1, "progress": False}
+    table = compare(depths(x, y), x, classes, Gaussian(0.1), **options)
+    for row, (name, model) in zip(table.rows, table.models.items()):
+        assert not row["error"] and row["candidate"] == name
+        assert row["evidence"] == pytest.approx(float(model.evidence()), rel=1e-6)
+        mean, _ = model.predict(new)
+        assert row["test_error"] == pytest.approx(float((mean - classes).square().mean()), rel=1e-4)
+        assert row["test_accuracy"] == pytest.approx(float((mean.argmax(1) == y).double().mean()))
+        assert row["test_accuracy"] > 0.8
+    start = {name: float(c.model().model.evidence()) for name, c in depths(x, y).items()}
+    assert all(row["evidence"] > start[row["candidate"]] for row in table.rows)
 
 
 def test_a_surrogate_for_botorch():

@@ -43,7 +43,7 @@ def points(dual: integrals.Dual) -> tuple:
 @pytest.mark.parametrize("name", SMOOTH)
 def test_smooth_activations_against_the_product_rule(name):
     dual, phi = SMOOTH[name]
-    rule = integrals.ProductRule(phi, step=0.16)
+    rule = integrals.ProductRule(phi, 1e-10)
     for ours, theirs in (
         (dual.value(*points(dual), K), rule.value(*points(rule), K)),
         (dual.derivative(*points(dual), K), rule.derivative(*points(rule), K)),
@@ -102,7 +102,7 @@ def test_gradients(name):
 
 
 def test_gradients_of_the_product_rule():
-    dual = integrals.ProductRule(torch.tanh, 0.4)
+    dual = integrals.ProductRule(torch.tanh, step=0.4)
     inputs = (A.clone().requires_grad_(), B.clone().requires_grad_(), K[:2].mul(0.97).requires_grad_())
     assert torch.autograd.gradcheck(
         lambda a, b, k: dual.value(dual.points(a[:2]), dual.points(b), k), inputs, atol=1e-4
@@ -135,12 +135,36 @@ def test_at_variance_zero_the_derivative_is_that_of_the_function():
         torch.testing.assert_close(gradient, dual.derivative(p, q, zero))
 
 
+def test_the_product_rule_is_sized_by_its_tolerance():
+    rho = torch.tensor([1.0, -1.0, 0.999, 0.3], dtype=F64)
+    for variance in (0.1, 1.0, 9.0):
+        a = torch.full((4,), variance, dtype=F64)
+        fine = integrals.ProductRule(torch.tanh, step=0.04)
+        p = fine.points(a)
+        for tolerance in (1e-3, 1e-6, 1e-10):
+            rule = integrals.ProductRule(torch.tanh, tolerance)
+            for method in ("value", "derivative"):
+                exact = getattr(fine, method)(p, p, variance * rho)
+                error = (getattr(rule, method)(p, p, variance * rho) - exact).abs().max()
+                assert error <= tolerance * exact[0]
+    coarse, loose, wide = (
+        integrals.ProductRule(torch.tanh, tolerance).step_for((torch.tensor([root], dtype=F64),), ())
+        for tolerance, root in ((1e-10, 1.0), (1e-4, 1.0), (1e-10, 3.0))
+    )
+    assert loose > 1.5 * coarse and coarse > 1.5 * wide
+    with pytest.warns(NumericalWarning, match="product rule of hardtanh ends at"):
+        integrals.ProductRule(nn.functional.hardtanh)(A, B, K)
+    for options in ({"tolerance": 0.0}, {"step": -1.0}, {"tolerance": 1e-3, "step": 0.1}):
+        with pytest.raises(ValueError, match="tolerance"):
+            integrals.ProductRule(torch.tanh, **options)
+
+
 def test_the_series_is_sized_by_its_tolerance():
     for tolerance in (1e-4, 1e-8, 1e-11):
         dual = integrals.Numerical(torch.tanh, tolerance=tolerance)
         one = torch.ones(3, dtype=F64) * 1.5
         rho = torch.tensor([1.0, -1.0, 0.999], dtype=F64)
-        exact = integrals.ProductRule(torch.tanh, 0.12)(one, one, 1.5 * rho)
+        exact = integrals.ProductRule(torch.tanh, 1e-12)(one, one, 1.5 * rho)
         assert (dual(one, one, 1.5 * rho) - exact).abs().max() <= tolerance * dual.variance(one[:1])
     coarse, fine = (integrals.Numerical(torch.tanh, tolerance=t).resolution(one)[1] for t in (1e-4, 1e-10))
     assert coarse < fine / 2

@@ -1,7 +1,7 @@
 """Time of infinite-width kernels, beside neural-tangents where that is installed.
 
-1,000 x 1,000 kernels of fully connected nets on 784 inputs, and 100 x 100 of a convolutional net with pooling on images
-of 3 x 16 x 16. Best of some repetitions; for neural-tangents compilation is excluded.
+1,000 x 1,000 kernels (--n) of fully connected nets on 784 inputs, and 100 x 100 of a convolutional net with pooling on
+images of 3 x 16 x 16. Best of some repetitions; for neural-tangents compilation is excluded.
 
     python examples/benchmarks/infinite_width.py [--threads 2] [--peer-python PYTHON [--peer-path FOLDER]]
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="interpreter that imports neural_tangents")
     parser.add_argument("--peer-path", default="", help="folder put before its path")
     parser.add_argument("--data", type=Path, help="folder with cifar10/*.npz")
+    parser.add_argument("--n", type=int, default=1000, help="inputs of the fully connected nets (default 1000)")
     parser.add_argument("--skip-images", action="store_true")
     arguments = parser.parse_args()
 
@@ -95,7 +96,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     print(describe("gpytorch"))
-    vectors = np.random.default_rng(0).standard_normal((1000, 784))
+    vectors = np.random.default_rng(0).standard_normal((arguments.n, 784))
     jobs = [
         ("fc", activation, depth, dtype) for activation, depth in FULLY_CONNECTED for dtype in ("float32", "float64")
     ]

@@ -39,7 +39,8 @@ def fully_connected(
     phi = Pointwise(dual(activation))
     layers = [("input layer", Linear())]
     for i in range(1, depth + 1):
-        layers += [(f"activation {i}", phi), ("readout" if i == depth else f"hidden layer {i + 1}", Linear(width))]
+        name = "readout" if i == depth else f"hidden layer {i + 1}"
+        layers += [(f"activation {i}", phi), (name, Linear(width=width))]
     return _kernel(kernel)(_chain(layers), weight_variance, bias_variance, **options)
 
 
@@ -91,7 +92,7 @@ def convolutional(
             layers.append((f"pooling {i}", _average_pool(m, average_pool)))
     if top == "pool":
         layers.append(("global pooling", Pool(tuple(nn.AdaptiveAvgPool1d(1) for _ in range(m)))))
-    layers += [("flatten", Flatten()), ("readout", Linear(width))]
+    layers += [("flatten", Flatten()), ("readout", Linear(width=width))]
     return _kernel(kernel)(_chain(layers), weight_variance, bias_variance, input_shape=input_shape, **options)
 
 

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+from linear_operator.utils.errors import NanError
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -30,6 +31,13 @@ from .. import tiling
 from ..numerics import NumericalWarning
 
 Points = tuple[Tensor, ...]  # what a Dual needs of each input: (..., n, *positions), further axes in front
+
+
+class VarianceOverflow(NanError, ValueError):
+    """Variances have left the range of the dtype. It is a ``NanError`` too, from which BoTorch's fits step back."""
+
+
+TOO_LARGE = "inputs or weight variances are too large. Standardise inputs, or take smaller variances."
 
 
 def safe_sqrt(a: Tensor) -> Tensor:
@@ -386,6 +394,7 @@ def slope_of(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 REACH = 12.5  # exp(-REACH^2 / 4) is below rounding: so far do the nodes go
 MAX_NODES = 2**13
+MAX_PRODUCT_NODES = 2**9
 
 
 @functools.lru_cache(maxsize=8)
@@ -463,7 +472,7 @@ class Numerical(Dual):
         if largest is None:
             largest = float(a.detach().max()) if a.numel() else 0.0
         if not math.isfinite(largest):
-            raise ValueError(f"A variance before {self.name} is {largest}: inputs or weight variances are too large.")
+            raise VarianceOverflow(f"A variance before {self.name} is {largest}: {TOO_LARGE}")
         tolerance = self.tolerance or (1e-9 if a.dtype == torch.float64 else 1e-6)
         # a quarter of an octave: nearby variances share a rule, and so does a matrix taken in several calls
         level = math.ceil(4 * math.log2(max(largest, 2.0**-20)) + 0.3)
@@ -556,29 +565,82 @@ class ProductRule(Dual):
 
     Args:
         phi: maps a tensor entry by entry, and is differentiable almost everywhere.
-        step: between nodes; for tanh the error is about exp(-pi^2 / (sqrt(variance) step)).
+        tolerance: of V and V' relative to E[phi(u)^2] and E[phi'(u)^2], from which the step between nodes follows; by
+            default 1e-9 in float64, 1e-6 in float32. A kinked phi may not reach it with ``MAX_PRODUCT_NODES`` along
+            each axis; a :class:`NumericalWarning` then tells the error.
+        step: between nodes, instead; for tanh the error is about exp(-pi^2 / (sqrt(variance) step)).
+        name: for ``repr``.
     """
 
-    def __init__(self, phi: Callable[[Tensor], Tensor], step: float = 0.1, name: str | None = None) -> None:
-        self.phi, self.step, self.name = phi, float(step), name or getattr(phi, "__name__", repr(phi))
+    def __init__(
+        self,
+        phi: Callable[[Tensor], Tensor],
+        tolerance: float | None = None,
+        step: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        if tolerance is not None and step is not None:
+            raise ValueError("A product rule takes its step from the tolerance: give one of them.")
+        if (tolerance is not None and not tolerance > 0) or (step is not None and not step > 0):
+            raise ValueError(f"tolerance and step must be positive; got {tolerance if step is None else step}.")
+        self.phi, self.tolerance, self.step = phi, tolerance, None if step is None else float(step)
+        self.name = name or getattr(phi, "__name__", repr(phi))
+        self._known: dict[tuple, float] = {}
 
     points = Rectifier.points
 
     def value(self, p: Points, q: Points, k: Tensor) -> Tensor:
+        step = self.step_for(p, q)
         with torch.no_grad():
-            value = self._mean(self.phi, self.phi, p, q, k)
+            value = self._mean(self.phi, self.phi, p, q, k, step)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in (k, p[0], q[0]))):
             return value
         with torch.no_grad():
-            slope = self._mean(self._slope, self._slope, p, q, k)
-            left = (self._mean(self._times_slope, self.phi, p, q, k) - k * slope) * p[1]  # dV / d sqrt(a)
-            right = (self._mean(self.phi, self._times_slope, p, q, k) - k * slope) * q[1]
+            slope = self._mean(self._slope, self._slope, p, q, k, step)
+            left = (self._mean(self._times_slope, self.phi, p, q, k, step) - k * slope) * p[1]  # dV / d sqrt(a)
+            right = (self._mean(self.phi, self._times_slope, p, q, k, step) - k * slope) * q[1]
         steps = zip((k, p[0], q[0]), (slope, left, right))
         return value + sum((x - x.detach()) * d for x, d in steps)
 
     def derivative(self, p: Points, q: Points, k: Tensor) -> Tensor:
-        slope = ProductRule(self._slope, self.step, self.name)
-        return slope.value(p, q, k)
+        return ProductRule(self._slope, step=self.step_for(p, q), name=self.name).value(p, q, k)
+
+    def step_for(self, p: Points, q: Points) -> float:
+        """Step between nodes for these points: where integrals at the largest variance stay as they are."""
+        if self.step is not None:
+            return self.step
+        largest = max((float(x[0].detach().max()) for x in (p, q) if x[0].numel()), default=0.0)
+        if not math.isfinite(largest):
+            raise VarianceOverflow(f"A variance before {self.name} is {largest}: {TOO_LARGE}")
+        tolerance = self.tolerance or (1e-9 if p[0].dtype == torch.float64 else 1e-6)
+        key = math.ceil(4 * math.log2(max(largest, 2.0**-10))), tolerance  # a quarter of an octave
+        if key not in self._known:
+            self._known[key] = self._find_step(2.0 ** (key[0] / 4), tolerance)
+        return self._known[key]
+
+    @torch.no_grad()
+    def _find_step(self, root: float, tolerance: float) -> float:
+        step, previous = 1.0, None
+        while True:
+            z, weights = _normal_rule(step, torch.empty(0, dtype=torch.float64))
+            values = torch.stack([f(root * z) for f in (self.phi, self._slope)])
+            beside = torch.stack([f(root * (0.8 * z + 0.6)) for f in (self.phi, self._slope)])
+            squares, products = values.square() @ weights, (values * beside) @ weights
+            change = math.inf
+            if previous is not None:
+                moved = torch.maximum((squares - previous[0]).abs(), (products - previous[1]).abs())
+                change = float((moved / squares.clamp(min=1e-300)).max())
+            if change <= tolerance:
+                return step
+            if 2 * len(z) > MAX_PRODUCT_NODES:
+                warnings.warn(
+                    f"The product rule of {self.name} ends at {len(z)} nodes along each axis: at variance "
+                    f"{root**2:.3g} its duals may be off by {change:.0e} relative. Smoother activations help.",
+                    NumericalWarning,
+                    stacklevel=4,
+                )
+                return step
+            previous, step = (squares, products), step / math.sqrt(2)
 
     def _slope(self, x: Tensor) -> Tensor:
         return slope_of(self.phi, x)
@@ -586,11 +648,10 @@ class ProductRule(Dual):
     def _times_slope(self, x: Tensor) -> Tensor:
         return x * slope_of(self.phi, x)
 
-    def _mean(self, f: Callable, g: Callable, p: Points, q: Points, k: Tensor) -> Tensor:
+    @staticmethod
+    def _mean(f: Callable, g: Callable, p: Points, q: Points, k: Tensor, step: float) -> Tensor:
         """E[f(u) g(v)]."""
-        half = math.ceil(8.5 / self.step)
-        z = self.step * torch.arange(-half, half + 1, dtype=k.dtype, device=k.device)
-        weights = torch.softmax(-z.square() / 2, 0)
+        z, weights = _normal_rule(step, k)
         shape = torch.broadcast_shapes(p[0].shape, q[0].shape, k.shape)
         ra, rb, rho = (x.expand(shape).flatten() for x in (p[0], q[0], _correlation(k, p, q)))
         means = []
@@ -602,7 +663,15 @@ class ProductRule(Dual):
         return torch.cat(means).view(shape)
 
     def __repr__(self) -> str:
-        return f"ProductRule({self.name}, step={self.step:g})"
+        how = f"step={self.step:g}" if self.step is not None else f"tolerance={self.tolerance}"
+        return f"ProductRule({self.name}, {how})"
+
+
+def _normal_rule(step: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes of this distance up to 8.5 on either side, and weights of a standard normal, whose sum is 1."""
+    half = math.ceil(8.5 / step)
+    z = step * torch.arange(-half, half + 1, dtype=like.dtype, device=like.device)
+    return z, torch.softmax(-z.square() / 2, 0)
 
 
 # ---- by name

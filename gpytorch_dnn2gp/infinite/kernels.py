@@ -53,7 +53,8 @@ class NNGPKernel(Kernel):
 
     Raises:
         NotImplementedError: for a module that has no rule, with its place and how to add one.
-        ValueError: for variances out of range, shared weights, or outputs that are not Gaussian.
+        ValueError: for variances out of range, shared weights, or outputs that are not Gaussian; when called, also for
+            variances that grow beyond the dtype, as a ``NanError`` too.
     """
 
     has_lengthscale = False
@@ -174,6 +175,12 @@ class NNGPKernel(Kernel):
             w, b = (v.unsqueeze(-2).expand(*x1.shape[:-2], -1) if self.batch_shape else v for v in (w, b))
             return covariance(self.program, x1, x2, w, b, **options, progress=False)[..., 0, 0]
         return covariance(self.program, x1, None if same else x2, w, b, **options, progress=self.progress)
+
+    def extra_repr(self) -> str:
+        """The net, as it was understood."""
+        given = f"input_shape={self.input_shape}, dropout={self.dropout}"
+        given += f", parameterization={self._ntk!r}" if self._ntk else ""
+        return f"{given}\n{self.program.describe()}"
 
     def _require_inputs(self, x: Tensor) -> None:
         raw = self.raw_weight_variance

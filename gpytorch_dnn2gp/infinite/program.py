@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import tiling
-from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Layer, Weighted
+from .integrals import TOO_LARGE, VarianceOverflow
+from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Dropout, Layer, Norm, Weighted
 from .state import Across, Features, Run, State, Within
 
 TILE = 2**17  # entries of one tile: some of them together stay in the processor's cache
@@ -86,7 +87,8 @@ class Program:
             try:
                 out = self._apply(step, inputs, run)
             except ValueError as error:
-                raise ValueError(f"{step.place}: {error}") from error
+                kind = VarianceOverflow if isinstance(error, VarianceOverflow) else ValueError
+                raise kind(f"{step.place}: {error}") from error
             if isinstance(out, State) and out.full and not (run.full and out.positions):
                 out = out.diagonal() if out.positions else _without_positions(out)
             values[step.name] = out
@@ -95,16 +97,25 @@ class Program:
                     values.pop(name, None)
         return values[self.steps[-1].name]
 
+    def describe(self) -> str:
+        """A line for each step: its name, what it does, its inputs. The same for the same net in another process."""
+        return "\n".join(f"{step.name}: {_label(step.layer)} of {', '.join(step.inputs)}" for step in self.steps)
+
     @staticmethod
     def _apply(step: Step, inputs: list[State | Features], run: Run) -> State | Features:
         if step.index is not None:
             index = step.index if run.weight_variance.shape[-1] > 1 else 0
             return step.layer(inputs[0], run.weight_variance[..., index], run.bias_variance[..., index])
-        if isinstance(inputs[0], Features) and not isinstance(step.layer, Add):
+        if isinstance(inputs[0], Features) and not isinstance(step.layer, Add | Dropout):
             if step.exact is None:
                 raise ValueError("it acts on the inputs themselves, which its rule does not say how to do.")
             return inputs[0].map(step.exact)
         return step.layer(*inputs)
+
+
+def _label(layer: Layer) -> str:
+    text = repr(layer)
+    return getattr(layer, "__name__", type(layer).__name__) if " at 0x" in text else text
 
 
 def _without_positions(state: State) -> State:
@@ -118,13 +129,21 @@ class _Tracer(fx.Tracer):
     """Stops at modules that have a rule, and at torch's own."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if _lookup(MODULE_RULES, module) is not None or _lookup(NO_RULE, module) is not None:
+        if _rule_of(module) is not None or _why_none(module) is not None:
             return True
         return super().is_leaf_module(module, name)
 
 
-def _lookup(rules: dict, module: nn.Module):
-    return next((rules[kind] for kind in type(module).__mro__ if kind in rules), None)
+def _rule_of(module: nn.Module) -> Callable[[nn.Module], Layer] | None:
+    """Its type's rule; that of a type it is derived from only if it has no other ``forward``."""
+    kind = next((kind for kind in type(module).__mro__ if kind in MODULE_RULES), None)
+    if kind is None or (kind.forward is not nn.Module.forward and type(module).forward is not kind.forward):
+        return None
+    return MODULE_RULES[kind]
+
+
+def _why_none(module: nn.Module) -> str | None:
+    return next((NO_RULE[kind] for kind in type(module).__mro__ if kind in NO_RULE), None)
 
 
 _BATCH = object()  # stands for the number of examples, as in x.view(x.size(0), -1)
@@ -145,7 +164,7 @@ def program_of(net: nn.Module) -> Program:
             f"net must be an nn.Module, or made by fully_connected or convolutional; got {type(net).__name__}."
         )
     tracer = _Tracer()
-    if _lookup(MODULE_RULES, net) or _lookup(NO_RULE, net):
+    if _rule_of(net) is not None or _why_none(net) is not None:
         net = nn.Sequential(net)
     try:
         graph = tracer.trace(net)
@@ -189,7 +208,7 @@ def program_of(net: nn.Module) -> Program:
                 place = f"{node.target!r} ({type(module).__name__})"
                 _require_unshared(module, node.target, owners)
                 layer = _module_layer(module, place)
-                inputs, exact = list(node.args), _copy_without_weights(module)
+                inputs, exact = list(node.args), _without_weights(module, layer)
             else:
                 place = f"the call of {_name_of(node.target)} at {node.name!r}"
                 layer, inputs, exact = _function_layer(node, names, place)
@@ -245,10 +264,10 @@ def _require_unshared(module: nn.Module, name: str, owners: dict[int, str]) -> N
 
 
 def _module_layer(module: nn.Module, place: str) -> Layer:
-    make = _lookup(MODULE_RULES, module)
+    make = _rule_of(module)
     if make is None:
         kind = type(module).__name__
-        why = _lookup(NO_RULE, module)
+        why = _why_none(module)
         raise NotImplementedError(
             f"{place} has no rule at infinite width{': ' + why if why else ''}. "
             + HOW_TO_ADD.format(kind=kind, what="module")
@@ -290,27 +309,56 @@ def _function_layer(node: fx.Node, names: dict, place: str) -> tuple[Layer, list
         layer = make(*others, **options)
     except (ValueError, TypeError) as error:
         raise NotImplementedError(f"{place}: {error}") from error
-    target, args, kwargs = node.target, tuple(node.args), dict(node.kwargs)
 
-    def call(*values: Tensor) -> Tensor:
-        bound = dict(zip(tensors, values))
+    def slotted(a: object) -> object:
+        return _Slot(tensors.index(a) if a in tensors else None)
 
-        def fill(a: object) -> object:
-            if isinstance(a, fx.Node):
-                return bound[a] if a in bound else len(values[0])
-            return type(a)(fill(b) for b in a) if isinstance(a, list | tuple) else a
-
-        filled, options = [fill(a) for a in args], {key: fill(a) for key, a in kwargs.items()}
-        if isinstance(target, str):
-            return getattr(filled[0], target)(*filled[1:], **options)
-        return target(*filled, **options)
-
-    return layer, tensors, call
+    args, options = fx.map_arg((node.args, node.kwargs), slotted)
+    return layer, tensors, _Call(node.target, tuple(args), dict(options))
 
 
-def _copy_without_weights(module: nn.Module) -> nn.Module | None:
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for the tensor of this number, or for the number of examples."""
+
+    index: int | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a function, or of a tensor's method by name, as it stands in the net."""
+
+    target: Callable | str
+    args: tuple
+    options: dict
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        args, options = self._filled(self.args, values), self._filled(self.options, values)
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **options)
+        return self.target(*args, **options)
+
+    def _filled(self, a: object, values: tuple[Tensor, ...]) -> object:
+        if isinstance(a, _Slot):
+            return len(values[0]) if a.index is None else values[a.index]
+        if isinstance(a, dict):
+            return {key: self._filled(b, values) for key, b in a.items()}
+        if isinstance(a, list | tuple):
+            filled = [self._filled(b, values) for b in a]
+            return filled if isinstance(a, list) else tuple(filled)
+        return a
+
+
+def _without_weights(module: nn.Module, layer: Layer) -> nn.Module | None:
     """The module to be applied to inputs, in eval mode; layers with weights are never applied."""
-    return None if next(module.parameters(), None) is not None else copy.deepcopy(module).eval()
+    if next(module.parameters(), None) is None:
+        return copy.deepcopy(module).eval()
+    if isinstance(layer, Norm):
+        twin = copy.deepcopy(module).eval()
+        for name in list(twin._parameters):  # a scale of 1 and a shift of 0
+            twin.register_parameter(name, None)
+        return twin
+    return None
 
 
 # ---- running
@@ -406,6 +454,8 @@ def _within(program: Program, x: Tensor, shape: tuple[int, ...], options: dict) 
         state = program(Features(piece, piece, shape, run))
         diagonals.append(_kernel_of(state, options["ntk"])[..., 0, 0])
         recorded.append(run.recorded)
+        if not diagonals[-1].isfinite().all():
+            raise VarianceOverflow(f"The variance of an output is beyond {x.dtype}: {TOO_LARGE}")
     points = {}
     for node, (_, prepare, m) in recorded[0].items():
         variance = torch.cat([r[node][0] for r in recorded], -m - 1)

@@ -39,7 +39,8 @@ def rule(*kinds: type[nn.Module] | Callable | str) -> Callable:
     """Decorator: what follows is the rule for modules of these types, for these functions, or tensor methods by name.
 
     A module's rule is called with the module, a function's with the arguments of the call but for the tensors that come
-    out of the net. It returns a layer. A type's rule holds for its subclasses too, unless they have their own.
+    out of the net. It returns a layer. A type's rule holds for its subclasses too, unless they have their own, or a
+    ``forward`` of their own, which is then traced.
     """
 
     def register(function: Callable) -> Callable:
@@ -58,7 +59,7 @@ class Weighted(abc.ABC):
     """A layer with weights N(0, sigma_w^2 / fan_in), and biases N(0, sigma_b^2): a mean over the fan-in, then weights.
 
     Attributes:
-        fan_in: number of summands; None where only the inputs tell (:meth:`check`).
+        fan_in: number of summands; None where only the input tells (:meth:`width_of`).
         trained: whether weights, and biases, require a gradient, and so are part of the NTK.
         bias: whether there are biases.
     """
@@ -75,6 +76,10 @@ class Weighted(abc.ABC):
     def mean(self, state: State) -> State:
         """Mean of K over the fan-in, a linear map."""
 
+    def width_of(self, state: State | Features) -> int:
+        """The fan-in where only the input tells it."""
+        return math.prod(state.shape) if isinstance(state, Features) else 1
+
     def needs_full(self, full: bool) -> bool:
         """Whether all pairs of positions are needed of the input, given whether they are of the output."""
         return full
@@ -84,18 +89,23 @@ class Weighted(abc.ABC):
         mean = self.mean_product(state) if first else self.mean(state)
         fan_in = self.fan_in
         if fan_in is None:
-            fan_in = math.prod(state.shape) if first else 1
+            fan_in = self.width_of(state)
         bias = bias if self.bias else torch.zeros_like(bias)
         return mean.weighted(state.run.node, weight, bias, fan_in, self.trained)
 
 
 @dataclass(frozen=True)
 class Linear(Weighted):
-    """``nn.Linear``: over channels, and over positions too where these were flattened into channels."""
+    """``nn.Linear``: over channels, and over positions too where these were flattened into channels.
+
+    Attributes:
+        width: channels of its input, where ``fan_in`` is not given.
+    """
 
     fan_in: int | None = None
     bias: bool = True
     trained: tuple[bool, bool] = (True, True)
+    width: int = 1
 
     def mean_product(self, features: Features) -> State:
         *positions, d = features.shape
@@ -108,6 +118,11 @@ class Linear(Weighted):
             x.flatten(-1 - len(positions), -2) if positions else x.unsqueeze(-2) for x in (features.x1, features.x2)
         )
         return State(products(x1 / d, x2, tuple(positions), full), None, features.run, tuple(positions), full)
+
+    def width_of(self, state: State | Features) -> int:
+        if isinstance(state, Features):
+            return state.shape[-1]
+        return self.width * (math.prod(state.positions) if state.flattened else 1)
 
     def mean(self, state: State) -> State:
         m = state.num_position_axes
@@ -218,13 +233,20 @@ def _trained(module: nn.Module) -> tuple[bool, bool]:
     return module.weight.requires_grad, module.bias is not None and module.bias.requires_grad
 
 
+def _require_plain_weight(module: nn.Module) -> None:
+    if "weight" not in module._parameters:
+        raise ValueError("its weight is made of other parameters (parametrized, normed, pruned); remove these first.")
+
+
 @rule(nn.Linear)
 def _(module: nn.Linear) -> Linear:
+    _require_plain_weight(module)
     return Linear(module.in_features, module.bias is not None, _trained(module))
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _(module: nn.Conv2d) -> Convolution:
+    _require_plain_weight(module)
     if module.groups != 1:
         raise ValueError(f"it has groups={module.groups}; the rule is for groups=1.")
     padding = module.padding
@@ -380,15 +402,16 @@ class Norm:
     """LayerNorm, GroupNorm, RMSNorm: K / sqrt((K(x, x) + eps)(K(x', x') + eps)), T likewise.
 
     Attributes:
-        positions: over how many axes of positions it normalises too, None for all: their variances are averaged.
-        eps: as torch's.
+        axes: over how many of the last axes it normalises: the channels alone, or these and all positions, whose
+            variances are averaged. None for groups of channels with all positions, channels first.
+        eps: as torch's; None for the rounding of the dtype.
         centred: whether the mean over channels is subtracted, which is zero for a Gaussian alone.
 
     A scale and a shift of its own are at 1 and 0, as torch has them at first, and count as fixed in the NTK.
     """
 
-    positions: int | None
-    eps: float
+    axes: int | None
+    eps: float | None
     centred: bool = True
 
     def __call__(self, state: State) -> State:
@@ -397,14 +420,20 @@ class Norm:
                 "it acts on the output of an activation, whose mean is not zero. Put it after a layer with weights."
             )
         m = state.num_position_axes
-        over = m if self.positions is None or state.flattened else self.positions
-        if over not in (0, m) or (over == 0 and m and not state.channels_last):
+        if self.axes is None:
+            fits, over = not m or state.flattened or not state.channels_last, m
+        elif state.flattened:
+            fits, over = self.axes == 1, m
+        else:
+            over = m if self.axes == m + 1 else 0
+            fits = over == m or (self.axes == 1 and state.channels_last)
+        if not fits:
             raise ValueError(f"the axes it normalises are not those of its input, which is {_layout(state)}.")
 
         def inverse_deviation(variance: Tensor) -> tuple[Tensor]:
-            axes = tuple(range(-m, 0))
-            mean = variance.mean(axes, keepdim=True) if over and m else variance
-            return ((mean + self.eps).rsqrt(),)
+            eps = torch.finfo(variance.dtype).eps if self.eps is None else self.eps
+            mean = variance.mean(tuple(range(-m, 0)), keepdim=True) if over else variance
+            return ((mean + eps).rsqrt(),)
 
         (p,), (q,) = state.run.sides(state, inverse_deviation)
         return state.linear(lambda k: k * p * q)
@@ -412,22 +441,43 @@ class Norm:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Masks that are drawn for each input anew: variances grow by 1 / (1 - rate), covariances stay."""
+    """Masks that are drawn for each input anew: variances grow by 1 / (1 - rate), covariances stay.
+
+    Attributes:
+        rate: of what is dropped.
+        channels: whether whole channels are, at all positions, as ``nn.Dropout2d`` does.
+    """
 
     rate: float
+    channels: bool = False
 
-    def __call__(self, state: State) -> State:
+    def __call__(self, state: State | Features) -> State | Features:
         if not state.run.dropout or self.rate == 0:
             return state
-        if self.rate >= 1:
-            raise ValueError(f"its rate {self.rate} drops everything.")
+        self._require_rule(state)
         state = replace(state, gaussian=False)
         if not state.run.within:
             return state
         factor = 1 / (1 - self.rate)
-        if not state.full:
+        if self.channels or not state.full:
             return state.linear(lambda k: factor * k)
         return state.linear(lambda k: state.with_diagonal(k, factor * state.diagonal_of(k)))
+
+    def _require_rule(self, state: State | Features) -> None:
+        if isinstance(state, Features):
+            raise ValueError("it drops entries of the inputs themselves, for which there is no rule. Put it later.")
+        if self.rate >= 1:
+            raise ValueError(f"its rate {self.rate} drops everything.")
+        if self.channels and state.positions and state.channels_last and not state.flattened:
+            raise ValueError("it drops whole positions, not channels, so that outputs stay random at infinite width.")
+
+
+@dataclass(frozen=True)
+class AlphaDropout(Dropout):
+    """Nothing, as in eval mode."""
+
+    def _require_rule(self, state: State | Features) -> None:
+        raise ValueError("what it does in train mode has no rule; leave dropout=False, or take nn.Dropout.")
 
 
 class Add:
@@ -488,8 +538,10 @@ def _numerical(function: Callable, name: str) -> Callable[..., Pointwise]:
     def make(*args, **kwargs) -> Pointwise:
         kwargs.pop("inplace", None)
         if args and isinstance(args[0], nn.Module):
-            return Pointwise(Numerical(args[0], name=name))
-        return Pointwise(Numerical(functools.partial(_call, function, args, tuple(kwargs.items())), name=name))
+            return Pointwise(Numerical(args[0], name=repr(args[0])))
+        given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+        call = functools.partial(_call, function, args, tuple(kwargs.items()))
+        return Pointwise(Numerical(call, name=f"{name}({given})" if given else name))
 
     return make
 
@@ -552,14 +604,29 @@ def _(*_) -> Layer:
     return identity
 
 
-@rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+@rule(nn.Dropout)
 def _(module: nn.Dropout) -> Dropout:
     return Dropout(module.p)
+
+
+@rule(nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+def _(module: nn.Dropout2d) -> Dropout:
+    return Dropout(module.p, channels=True)
+
+
+@rule(nn.AlphaDropout, nn.FeatureAlphaDropout)
+def _(module: nn.AlphaDropout) -> AlphaDropout:
+    return AlphaDropout(module.p)
 
 
 @rule(F.dropout)
 def _(p: float = 0.5, training: bool = True, inplace: bool = False) -> Dropout:
     return Dropout(p)
+
+
+@rule(F.dropout1d, F.dropout2d, F.dropout3d)
+def _(p: float = 0.5, training: bool = True, inplace: bool = False) -> Dropout:
+    return Dropout(p, channels=True)
 
 
 @rule(nn.Flatten)
@@ -578,9 +645,9 @@ def flatten(start_dim: int = 0, end_dim: int = -1) -> Flatten:
 @rule("view", "reshape", torch.reshape)
 def _(*shape) -> Flatten:
     shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple | torch.Size) else shape
-    if len(shape) == 2 and shape[1] == -1:
+    if len(shape) == 2 and (shape.count(-1) == 1 or not isinstance(shape[0], int)):
         return Flatten()
-    raise ValueError(f"it reshapes to {shape}; the rule is for (examples, -1), as in x.view(x.size(0), -1).")
+    raise ValueError(f"it reshapes to {shape}; the rule is for two axes, as in x.view(x.size(0), -1).")
 
 
 def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
@@ -657,12 +724,13 @@ def _amounts(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 @rule(nn.LayerNorm)
 def _(module: nn.LayerNorm) -> Norm:
-    # over the channels alone, or over these and all positions
-    return Norm(0 if len(module.normalized_shape) == 1 else None, module.eps)
+    return Norm(len(module.normalized_shape), module.eps)
 
 
 @rule(nn.GroupNorm)
 def _(module: nn.GroupNorm) -> Norm:
+    if 1 < module.num_groups == module.num_channels:
+        raise ValueError("its groups are of one channel each, whose statistics stay random at infinite width.")
     return Norm(None, module.eps)
 
 
@@ -670,15 +738,14 @@ def _(module: nn.GroupNorm) -> Norm:
 def _(normalized_shape: Sequence[int], weight=None, bias=None, eps: float = 1e-5) -> Norm:
     if weight is not None or bias is not None:
         raise ValueError("it has a weight or a bias; use nn.LayerNorm for these.")
-    return Norm(0 if len(tuple(normalized_shape)) == 1 else None, eps)
+    return Norm(len(tuple(normalized_shape)), eps)
 
 
 if hasattr(nn, "RMSNorm"):
 
     @rule(nn.RMSNorm)
     def _(module: nn.RMSNorm) -> Norm:
-        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        return Norm(0 if len(module.normalized_shape) == 1 else None, eps, centred=False)
+        return Norm(len(module.normalized_shape), module.eps, centred=False)
 
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_")
