@@ -148,7 +148,7 @@ def test_the_product_rule_is_sized_by_its_tolerance():
                 error = (getattr(rule, method)(p, p, variance * rho) - exact).abs().max()
                 assert error <= tolerance * exact[0]
     coarse, loose, wide = (
-        integrals.ProductRule(torch.tanh, tolerance).step_for((torch.tensor([root], dtype=F64),), ())
+        integrals.ProductRule(torch.tanh, tolerance).step_for(*2 * ((torch.tensor([root], dtype=F64),),))
         for tolerance, root in ((1e-10, 1.0), (1e-4, 1.0), (1e-10, 3.0))
     )
     assert loose > 1.5 * coarse and coarse > 1.5 * wide
