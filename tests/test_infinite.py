@@ -298,6 +298,32 @@ def test_every_normalisation_knows_its_axes():
         infinite.NNGPKernel(net(nn.GroupNorm(6, 6)), input_shape=(3, 4))
 
 
+def test_inputs_are_left_as_they_are():
+    x = torch.randn(4, 3, dtype=F64)
+    before, positive = x.clone(), x.clamp(min=0)
+    for first in (nn.ReLU(inplace=True), nn.ReLU()):
+        kernel = infinite.NNGPKernel(nn.Sequential(first, nn.Linear(3, 1)).double(), 1.5, 0.0)
+        torch.testing.assert_close(dense(kernel, x), 0.5 * positive @ positive.mT)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", integrals.ProductRule(torch.tanh, step=0.5)])
+def test_no_inputs_make_an_empty_matrix(activation):
+    x, kernel = torch.randn(4, 3, dtype=F64), kernel_of("ntk", 2, activation)
+    assert kernel(x[:0], x).to_dense().shape == (0, 4)
+    assert kernel(x, x[:0]).to_dense().shape == (4, 0)
+    assert kernel(x[:0]).to_dense().shape == (0, 0)
+    assert kernel(x[:0], diag=True).shape == (0,)
+
+
+def test_lazy_layers_are_to_be_run_first():
+    net = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 1)).double()
+    with pytest.raises(NotImplementedError, match="run the net once"):
+        infinite.NNGPKernel(net)
+    net(torch.randn(2, 4, dtype=F64))
+    assert dense(infinite.NNGPKernel(net), torch.randn(2, 4, dtype=F64)).shape == (2, 2)
+
+
 def test_inputs_may_be_normalised_first():
     x = torch.randn(4, 6, dtype=F64)
     net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1)).double()

@@ -390,6 +390,8 @@ def covariance(
     symmetric = x2 is None
     n1, n2 = x1.shape[-2], (x1 if symmetric else x2).shape[-2]
     batch = x1.shape[:-2]
+    if n1 * n2 == 0:
+        return x1.new_zeros(*batch, n1, n2)
     tiling.require_memory(
         batch.numel() * n1 * n2,
         x1.dtype,
@@ -434,6 +436,8 @@ def covariance(
 
 def variances(program: Program, x: Tensor, weight_variance: Tensor, bias_variance: Tensor, **options) -> Tensor:
     """The diagonal of :func:`covariance`, ``(*B, n)``, at the cost of n pairs."""
+    if x.shape[-2] == 0:
+        return x.new_zeros(x.shape[:-1])
     shape = options.pop("input_shape") or (x.shape[-1],)
     options = {"weight_variance": weight_variance, "bias_variance": bias_variance, **options}
     return _within(program, x.unflatten(-1, shape), shape, options)[0]

@@ -234,6 +234,8 @@ def _trained(module: nn.Module) -> tuple[bool, bool]:
 
 
 def _require_plain_weight(module: nn.Module) -> None:
+    if isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        raise ValueError("its size is not known yet; run the net once.")
     if "weight" not in module._parameters:
         raise ValueError("its weight is made of other parameters (parametrized, normed, pruned); remove these first.")
 

@@ -44,11 +44,11 @@ class Features:
     run: Run
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Features:
-        """Any function of batches ``(m, *shape)``, exactly."""
+        """Any function of batches ``(m, *shape)``, exactly; one that works in place does so on a copy."""
 
         def apply(x: Tensor) -> Tensor:
             lead = x.shape[: x.dim() - len(self.shape)]
-            return function(x.reshape(-1, *self.shape)).unflatten(0, lead)
+            return function(x.reshape(-1, *self.shape).clone()).unflatten(0, lead)
 
         x1 = apply(self.x1)
         x2 = x1 if self.x2 is self.x1 else apply(self.x2)
