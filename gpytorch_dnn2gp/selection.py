@@ -14,12 +14,15 @@ import copy
 import csv
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import os
+import re
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +32,27 @@ import joblib
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
-from gpytorch.mlls import ExactMarginalLogLikelihood, MarginalLogLikelihood
+from gpytorch.mlls import (
+    ExactMarginalLogLikelihood,
+    LeaveOneOutPseudoLikelihood,
+    MarginalLogLikelihood,
+    SumMarginalLogLikelihood,
+)
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
-from . import metrics, plotting, tiling, training
+from . import metrics, mlls, plotting, tiling, training
 from .gp import LaplaceGP
 from .losses import Gaussian, Loss
-from .mlls import EvidenceFit, effective_parameters, fit_evidence, leave_one_out_density, require_varied_labels
+from .mlls import (
+    BlockEvidence,
+    EvidenceFit,
+    effective_parameters,
+    fit_evidence,
+    leave_one_out_density,
+    require_varied_labels,
+)
 from .numerics import require_finite
 
 if TYPE_CHECKING:
@@ -46,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Comparison", "EvidenceFit", "compare", "fit_evidence", "mlps"]
 
 TUNING = ("online", "after", None)
+_LEAVE_ONE_OUT = (LeaveOneOutPseudoLikelihood, mlls.LeaveOneOutPseudoLikelihood)
 Metric = Callable[[Distribution, Tensor], Tensor]
 
 
@@ -55,8 +71,8 @@ class Candidate:
 
     Attributes:
         model: a net, which is copied and trained; a GPyTorch kernel, for a GP with it and Gaussian noise; GPyTorch's
-            ``mll`` of any model on the training data, of a batch of outputs in sum; or a function without arguments
-            that makes one of these (a net then with initial weights drawn from the comparison's seed).
+            ``mll`` of any exact model on the training data, of a batch of outputs in sum; or a function without
+            arguments that makes one of these (a net then with initial weights drawn from the comparison's seed).
         loss, prior_precision, groups: of a net, in the place of the comparison's.
         settings: columns of the table, such as ``{"width": 20}``, to plot over.
     """
@@ -157,15 +173,19 @@ class Comparison:
         """Evidence and test errors over a column, such as ``"width"``; over the candidates' names by default.
 
         Args:
-            over: rows of equal values count as several runs if each value has as many; their mean is drawn.
+            over: rows of equal values count as several runs if each value has as many; their mean is drawn. Rows
+                without a value, such as a kernel's without a width, are left out.
             errors: columns for the right axis; by default those that begin with ``test_``.
             ax: where to draw.
         """
-        rows = [row for row in self.rows if not row.get("error")]
         over = over or "candidate"
         self.column(over)
+        rows = [row for row in self.rows if not row.get("error") and row.get(over) is not None]
+        if not rows:
+            raise ValueError(f"There is nothing to draw over {over!r}: no candidate has both that and an evidence.")
         if errors is None:
-            errors = [c for c in self._columns() if c.startswith("test_") and all(row[c] is not None for row in rows)]
+            names = [c for c in self._columns() if c.startswith("test_")]
+            errors = [c for c in names if all(row.get(c) is not None for row in rows)]
         values = list(dict.fromkeys(row[over] for row in rows))
         if all(isinstance(v, int | float) for v in values):
             values = sorted(values)
@@ -281,7 +301,7 @@ def compare(
         tune: "online", delta and sigma chosen while the net is trained (:func:`training.train_with_evidence`); "after",
             when it is trained (:func:`fit_evidence`); None, left as given.
         kind: of evidence: "laplace", "gp" or "leave_one_out", which with tune="online" is the score alone.
-        restarts: nets are trained from so many initial weights, and the best by the score counts.
+        restarts: nets are trained from so many initial weights, and the best by the score counts. What is frozen stays.
         test_x, test_y: for the test columns, which choose nothing.
         test_metrics: more test columns by name, functions of ``(y, labels)`` as those of :mod:`metrics`; ``test_nll``
             and ``test_error`` (squared error, or part of the labels that are missed) are always there.
@@ -290,7 +310,8 @@ def compare(
             Dask or Ray backend puts the candidates onto a cluster.
         seed: of initial weights and of minibatches, the same for each candidate.
         train_options: of :func:`training.fit` or :func:`training.train_with_evidence`, such as
-            ``{"method": "adam", "max_iterations": 500}``.
+            ``{"method": "adam", "max_iterations": 500}``. With ``block_size`` the score, too, is the lower bound by
+            blocks, the same ones for each candidate, so that no matrix of all the data is needed.
         gp_options: of :class:`LaplaceGP`, such as ``{"input_shape": (1, 28, 28)}``.
         progress: True, False, or None for a bar on terminals only.
 
@@ -299,8 +320,9 @@ def compare(
         by the next call with the same file.
 
     Raises:
-        ValueError: before any long work, for labels without a finite noise estimate, nets that do not take the data, or
-            a file of other candidates, data or options.
+        ValueError: before any long work, for labels without a finite noise estimate, nets that do not take the data,
+            an evidence that does not exist, unknown options, or a file of other candidates, data or options.
+        FileNotFoundError: if the folder of ``file`` does not exist.
     """
     if tune not in TUNING:
         raise ValueError(f"tune must be 'online', 'after' or None; got {tune!r}.")
@@ -312,10 +334,13 @@ def compare(
         raise ValueError("test_x and test_y go together: give both, or neither.")
     if len(candidates) == 0:
         raise ValueError("There are no candidates to compare.")
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"The folder of file={os.fspath(file)!r} does not exist. Make it first.")
     task = _Task(
         *(train_x, train_y, loss, prior_precision, groups, tune, kind, restarts),
         *(test_x, test_y, dict(test_metrics or {}), seed, dict(train_options or {}), dict(gp_options or {})),
     )
+    task.check_options()
     entries = {name: value if isinstance(value, Candidate) else Candidate(value) for name, value in candidates.items()}
     for name, candidate in entries.items():
         task.check(name, candidate)
@@ -408,10 +433,23 @@ class _Task:
                 return candidate.model()
             model = copy.deepcopy(candidate.model)
             if restart and not isinstance(model, Kernel | MarginalLogLikelihood):
-                for module in model.modules():
-                    if hasattr(module, "reset_parameters"):
-                        module.reset_parameters()
+                for module in _trained(model):
+                    module.reset_parameters()
         return model
+
+    def check_options(self) -> None:
+        """Refuse options by names that do not exist."""
+        train = training.train_with_evidence if self.tune == "online" else training.fit
+        for name, options, function, own in (
+            ("train_options", self.train_options, train, {"net", "x", "y", "options"}),
+            ("gp_options", self.gp_options, LaplaceGP, {"net", "train_x", "train_y", "prior_variance", "progress"}),
+        ):
+            known = inspect.signature(function).parameters.keys() - own - {"loss", "prior_precision", "groups"}
+            if unknown := sorted(options.keys() - known):
+                raise ValueError(
+                    f"{name} has {', '.join(map(repr, unknown))}; {function.__name__} takes "
+                    f"{', '.join(map(repr, sorted(known)))} here."
+                )
 
     def check(self, name: str, candidate: Candidate) -> None:
         """Refuse what cannot work, by name, before the work."""
@@ -426,18 +464,51 @@ class _Task:
             if isinstance(model, Kernel | MarginalLogLikelihood):
                 self._check_gp(model, loss)
                 return
-            model.eval()
-            with torch.no_grad():
-                f = model(self.x[:1])
-            f = f[:, None] if f.dim() == 1 else f
-            labels = loss.check_labels(self.y, f.shape[-1], len(self.x), f.dtype, f.device)
-            if self.test_y is not None:
-                loss.check_labels(self.test_y, f.shape[-1], len(self.test_x), f.dtype, f.device)
-            if self.tune is not None and loss.has_noise and loss.noise.dim() < 2:
-                require_varied_labels(loss, labels)
+            self._check_net(candidate, model, loss)
         except Exception as error:
             error.add_note(f"This is candidate {name!r} of the comparison.")
             raise
+
+    def _check_net(self, candidate: Candidate, model: nn.Module, loss: Loss) -> None:
+        model.eval()
+        with torch.no_grad():
+            f = model(self.x[:1])
+        f = f[:, None] if f.dim() == 1 else f
+        labels = loss.check_labels(self.y, f.shape[-1], len(self.x), f.dtype, f.device)
+        if self.test_y is not None:
+            loss.check_labels(self.test_y, f.shape[-1], len(self.test_x), f.dtype, f.device)
+        if self.tune is not None and loss.has_noise and loss.noise.dim() < 2:
+            require_varied_labels(loss, labels)
+        if self.restarts > 1 and candidate.model is not model and isinstance(candidate.model, nn.Module):
+            _trained(model)
+        self.score(self.gp_of(model, candidate, slice(0, 1)))  # what has no such evidence says so
+
+    def gp_of(self, net: nn.Module, candidate: Candidate, part: slice = slice(None)) -> LaplaceGP:
+        """The GP of a net and (part of) the training data."""
+        index = torch.arange(len(self.x))[part].to(self.x.device)
+        loss = self.loss_of(candidate).subset(index)
+        options = {"progress": False, **self.gp_options}
+        return LaplaceGP(net.eval(), self.x[part], self.y[part], loss, *self.prior_of(candidate), **options)
+
+    def prior_of(self, candidate: Candidate) -> tuple:
+        """prior_precision and groups."""
+        delta = self.prior_precision if candidate.prior_precision is None else candidate.prior_precision
+        return delta, self.groups if candidate.groups is None else candidate.groups
+
+    @property
+    def block_size(self) -> int | None:
+        """Of the bounds in the place of the Laplace evidence."""
+        return self.train_options.get("block_size") if self.tune == "online" else None
+
+    def score(self, gp: LaplaceGP) -> float:
+        """The evidence that candidates are compared by."""
+        with torch.no_grad():
+            if self.kind == "leave_one_out":
+                return float(leave_one_out_density(gp))
+            if self.kind == "laplace" and self.block_size is not None:
+                generator = torch.Generator().manual_seed(self.seed)
+                return float(BlockEvidence(gp, self.block_size, generator, progress=False).bound())
+            return float(gp.log_evidence(self.kind))
 
     def _check_gp(self, model: nn.Module, loss: Loss) -> None:
         if not isinstance(loss, Gaussian) or loss.noise.dim() > 0:
@@ -453,30 +524,77 @@ class _Task:
                 )
             require_varied_labels(loss, self.y)
             return
-        inputs = model.model.train_inputs[0]
-        if len(inputs) != len(self.x) or not torch.equal(inputs.reshape(len(inputs), -1), self.x.flatten(1).to(inputs)):
-            raise ValueError("the mll is of a model on other training inputs: build it on train_x and train_y.")
+        if (self.kind == "leave_one_out") != isinstance(model, _LEAVE_ONE_OUT):
+            raise ValueError(f"an mll is compared by itself, and {type(model).__name__} is not kind={self.kind!r}.")
+        if getattr(model.model, "train_inputs", None) is None or isinstance(model, SumMarginalLogLikelihood):
+            raise ValueError(
+                f"a comparison needs the mll of one model with exact inference; {type(model).__name__} of "
+                f"{type(model.model).__name__} is another."
+            )
+        (inputs, *_), labels = model.model.train_inputs, model.model.train_targets
+        own = (self.x.flatten(1), self.y.flatten(1) if self.y.dim() > 1 else self.y[:, None])
+        if labels.shape[:1] != inputs.shape[-2:-1] or len(labels) != len(self.y):  # outputs in a batch
+            labels = labels.mT
+        for name, given, expected in zip(("inputs", "labels"), (inputs, labels.reshape(len(labels), -1)), own):
+            if given.shape[-2:] != expected.shape or not torch.equal(given, expected.to(given).expand_as(given)):
+                raise ValueError(
+                    f"the mll is of a model on other training {name}: build it on train_x and train_y as they are "
+                    "(evidences of labels in another scale do not compare)."
+                )
 
     def fingerprint(self, candidate: Candidate) -> str:
         """Of data and options, and of the candidate: ``"<16 digits>-<16 digits>"``."""
         shared = [self.x, self.y, self.test_x, self.test_y, self.tune, self.kind, self.restarts, self.seed]
-        shared += [sorted(self.test_metrics), sorted(self.train_options.items()), sorted(self.gp_options.items())]
-        model = self.make(candidate)
-        delta = self.prior_precision if candidate.prior_precision is None else candidate.prior_precision
-        groups = self.groups if candidate.groups is None else candidate.groups
-        own = [str(model), *model.state_dict().values(), self.loss_of(candidate), delta, groups]
+        shared += [self.test_metrics, self.train_options, self.gp_options]
+        own = [self.make(candidate), self.loss_of(candidate), *self.prior_of(candidate)]
         return f"{_digest(shared)}-{_digest(own)}"
 
 
-def _digest(items: Sequence) -> str:
+def _trained(net: nn.Module) -> list[nn.Module]:
+    """The parts of a net that own trained parameters; all can draw them anew."""
+    parts = [part for part in net.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
+    for part in parts:
+        if not hasattr(part, "reset_parameters"):
+            raise ValueError(
+                f"restarts draw initial weights anew, but {type(part).__name__} has no reset_parameters() to do so: "
+                "pass a function that makes the net in the place of the net itself."
+            )
+    return parts
+
+
+def _digest(item: object) -> str:
+    """The same in every process for the same content: 16 digits."""
     digest = hashlib.sha256()
-    for item in items:
-        if isinstance(item, Tensor):
-            digest.update(f"{tuple(item.shape)} {item.dtype}".encode())
-            digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(item).encode())
+    for piece in _pieces(item):
+        digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def _pieces(item: object) -> Iterator[bytes]:
+    if isinstance(item, Tensor):
+        yield f"{tuple(item.shape)} {item.dtype}".encode()
+        yield item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(item, nn.Module):
+        yield from _pieces([_ADDRESS.sub("", str(item)), item.state_dict()])
+    elif isinstance(item, torch.Generator):
+        yield f"seed {item.initial_seed()}".encode()
+    elif isinstance(item, Mapping):
+        yield from _pieces(sorted(item.items()))
+    elif isinstance(item, list | tuple | set | frozenset):
+        yield f"{type(item).__name__} of {len(item)}".encode()
+        for part in item:
+            yield from _pieces(part)
+    elif isinstance(item, functools.partial):
+        yield from _pieces([item.func, item.args, item.keywords])
+    elif isinstance(item, Loss):
+        yield from _pieces([type(item).__name__, vars(item)])
+    elif hasattr(item, "__code__"):
+        yield from _pieces([item.__qualname__, item.__code__.co_code.hex(), item.__defaults__])
+    else:
+        yield _ADDRESS.sub("", repr(item)).encode()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 # ---- one candidate
@@ -501,28 +619,26 @@ def _run(task: _Task, name: str, candidate: Candidate, fingerprint: str) -> tupl
 
 
 def _run_net(task: _Task, candidate: Candidate) -> tuple[LaplaceGP, dict]:
-    loss = task.loss_of(candidate)
-    delta = task.prior_precision if candidate.prior_precision is None else candidate.prior_precision
-    groups = task.groups if candidate.groups is None else candidate.groups
+    loss, (delta, groups) = task.loss_of(candidate), task.prior_of(candidate)
     nets = [task.make(candidate, restart) for restart in range(task.restarts)]
     options = {"progress": False, **task.train_options}
-    gps = []
-    if task.tune != "online" and task.restarts > 1 and {"batch_size", "generator"}.isdisjoint(options):
+    stackable = options.keys() <= inspect.signature(training.fit_many).parameters.keys()
+    together = task.tune != "online" and task.restarts > 1 and stackable
+    if together:
         training.fit_many(nets, task.x, task.y, loss, _repeated(delta, len(nets)), groups, **options)
+    gps = []
     for restart, net in enumerate(nets):
-        options_here = {"generator": torch.Generator().manual_seed(task.seed + restart), **options}
+        here = {"generator": torch.Generator().manual_seed(task.seed + restart), **options}
+        data = (net, task.x, task.y, loss, delta, groups)
         if task.tune == "online":
-            gp = training.train_with_evidence(
-                net, task.x, task.y, loss, delta, groups, **options_here, **task.gp_options
-            ).gp
+            gp = training.train_with_evidence(*data, **here, **task.gp_options).gp
         else:
-            if task.restarts == 1 or not {"batch_size", "generator"}.isdisjoint(options):
-                training.fit(net, task.x, task.y, loss, delta, groups, **options_here)
-            net.eval()
-            gp = LaplaceGP(net, task.x, task.y, loss, delta, groups, progress=False, **task.gp_options)
+            if not together:
+                training.fit(*data, **here)
+            gp = task.gp_of(net, candidate)
             if task.tune == "after":
                 fit_evidence(gp, task.kind, warn=False, progress=False)
-        gps.append((_score(gp, task.kind), gp))
+        gps.append((task.score(gp), gp))
     evidence, gp = max(gps, key=lambda item: item[0])
     with torch.no_grad():
         f = gp.linearization(gp.train_inputs[0])
@@ -534,7 +650,7 @@ def _run_net(task: _Task, candidate: Candidate) -> tuple[LaplaceGP, dict]:
             scores |= _test_scores(y, labels, task.test_metrics)
     scores |= {
         "parameters": gp.linearization.num_weights,
-        "effective": float(effective_parameters(gp).sum()),
+        "effective": None if gp.solver == "iterative" else float(effective_parameters(gp).sum()),
         "delta": _summary(gp.prior_precision),
         "sigma": None if gp.noise is None else _summary(gp.noise.sqrt()),
         "distance": gp.stationarity().newton_decrement ** 0.5,
@@ -545,11 +661,6 @@ def _run_net(task: _Task, candidate: Candidate) -> tuple[LaplaceGP, dict]:
 def _repeated(delta: float | Sequence[float] | Tensor, m: int) -> float | Tensor:
     delta = torch.as_tensor(delta)
     return delta if delta.dim() == 0 else delta.expand(m, -1)
-
-
-def _score(gp: LaplaceGP, kind: str) -> float:
-    with torch.no_grad():
-        return float(leave_one_out_density(gp) if kind == "leave_one_out" else gp.log_evidence(kind))
 
 
 def _summary(values: Tensor) -> float | str:
@@ -599,7 +710,13 @@ def _run_gp(task: _Task, made: Kernel | MarginalLogLikelihood) -> tuple[nn.Modul
     if isinstance(made, Kernel):
         x = task.x.flatten(1)
         gp = _KernelGP(x, task.y.reshape(-1).to(x), made, task.loss.noise.detach())
-        mll = ExactMarginalLogLikelihood(gp.likelihood, gp)
+        kind = LeaveOneOutPseudoLikelihood if task.kind == "leave_one_out" else ExactMarginalLogLikelihood
+        mll = kind(gp.likelihood, gp)
+    with gpytorch.settings.max_cholesky_size(sys.maxsize):  # no estimates by conjugate gradients
+        return _fitted_gp(task, mll)
+
+
+def _fitted_gp(task: _Task, mll: MarginalLogLikelihood) -> tuple[nn.Module, dict]:
     evidence = _fit_mll(mll, fit=task.tune is not None)
     model, likelihood = mll.model.eval(), mll.likelihood.eval()
     noise = getattr(likelihood, "noise", None)
@@ -618,7 +735,7 @@ def _run_gp(task: _Task, made: Kernel | MarginalLogLikelihood) -> tuple[nn.Modul
 
 
 def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -> float:
-    """Fit GPyTorch's hyperparameters by L-BFGS; the evidence, that is the mll over all data, in nats."""
+    """Fit GPyTorch's hyperparameters by L-BFGS, with their priors; the evidence over all data, without, in nats."""
     model = mll.train().model
     parameters = [p for p in mll.parameters() if p.requires_grad]
 
@@ -637,4 +754,5 @@ def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -
         result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": max_iterations})
         nn.utils.vector_to_parameters(torch.as_tensor(result.x).to(parameters[0]), parameters)
     with torch.no_grad():
-        return float(value())
+        priors = sum(prior.log_prob(closure(module)).sum() for _, module, prior, closure, _ in model.named_priors())
+        return float(value() - priors)

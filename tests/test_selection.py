@@ -11,7 +11,7 @@ import torch
 from oracle import assert_close
 from problems import F64, mlp, number, randomized
 
-from gpytorch_dnn2gp import metrics, selection
+from gpytorch_dnn2gp import metrics, mlls, selection
 from gpytorch_dnn2gp.losses import Categorical, Gaussian
 from gpytorch_dnn2gp.selection import Candidate, Comparison, compare, mlps
 
@@ -26,6 +26,17 @@ X, Y = draw(40, 0)
 X_TEST, Y_TEST = draw(30, 1)
 OPTIONS = {"max_iterations": 60}
 GRID = mlps(1, widths=[2, 4], depths=[1, 2])
+
+
+class Scaled(torch.nn.Module):
+    """Owns a weight that it cannot draw anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = torch.nn.Linear(1, 1).double(), torch.nn.Parameter(torch.ones(1, dtype=F64))
+
+    def forward(self, x):
+        return self.scale * self.body(x)
 
 
 def quick(candidates=None, **options):
@@ -123,6 +134,24 @@ def test_a_given_net_is_not_touched_and_its_restarts_are_drawn_anew():
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
 
 
+def test_restarts_keep_what_is_frozen():
+    net = randomized(mlp(1), 0)
+    net[0].requires_grad_(False)
+    gp = quick({"net": net}, restarts=3, tune=None).models["net"]
+    assert torch.equal(gp.linearization.net[0].weight, net[0].weight)
+    with pytest.raises(ValueError, match="Scaled has no reset_parameters"):
+        quick({"net": Scaled()}, restarts=2)
+    quick({"net": Scaled}, restarts=2, tune=None)
+
+
+def test_a_bound_by_blocks_as_score():
+    options = {"max_iterations": 100, "every": 50, "block_size": 10}
+    result = quick({"net": GRID["1 x 4 Tanh"]}, tune="online", train_options=options)
+    blocks = mlls.BlockEvidence(result.models["net"], 10, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(number(result.rows[0]["evidence"]), blocks.bound())
+
+
 def test_classes_and_own_losses():
     y = (Y[:, 0] > 0).long()
     candidates = {"linear": Candidate(torch.nn.Linear(1, 2).double()), "net": randomized(mlp(1, num_outputs=2), 0)}
@@ -190,6 +219,51 @@ def test_a_kernel_is_not_changed_by_the_comparison():
     assert torch.equal(kernel.lengthscale, before)
 
 
+def test_a_large_gp_of_another_kernel_has_its_exact_evidence():
+    """GPyTorch alone estimates it from 800 points on."""
+    x, y = draw(900, 2)
+    (row,) = compare({"rbf": gpytorch.kernels.RBFKernel().double()}, x, y, Gaussian(0.2), tune=None).rows
+    kernel, noise = gpytorch.kernels.RBFKernel().double(), 0.04 * torch.eye(900, dtype=F64)
+    with torch.no_grad():
+        density = torch.distributions.MultivariateNormal(torch.zeros(900, dtype=F64), kernel(x).to_dense() + noise)
+    assert_close(number(row["evidence"]), density.log_prob(y[:, 0]), 1e-9)
+
+
+def test_leave_one_out_of_other_kernels():
+    kernel = gpytorch.kernels.RBFKernel().double()
+    (row,) = quick({"rbf": kernel}, kind="leave_one_out", tune=None).rows
+    with torch.no_grad():
+        inverse = torch.linalg.inv(kernel(X).to_dense() + 0.25 * torch.eye(40, dtype=F64))
+    variance = 1 / inverse.diagonal()
+    mean = Y[:, 0] - (inverse @ Y[:, 0]) * variance
+    assert_close(number(row["evidence"]), torch.distributions.Normal(mean, variance.sqrt()).log_prob(Y[:, 0]).sum())
+    with pytest.raises(ValueError, match="is not kind='leave_one_out'"):
+        quick({"own": exact_gp_mll}, kind="leave_one_out")
+
+
+def test_priors_guide_the_fit_and_are_not_in_the_evidence():
+    def with_prior():
+        mll = exact_gp_mll()
+        prior = gpytorch.priors.GammaPrior(2.0, 3.0)
+        mll.likelihood.register_prior("noise_prior", prior, lambda m: m.noise)
+        return mll
+
+    with_it, without = quick({"with": with_prior, "without": exact_gp_mll}, tune=None).rows
+    assert_close(number(with_it["evidence"]), number(without["evidence"]))
+
+
+def test_an_mll_of_other_labels_is_refused():
+    with pytest.raises(ValueError, match="other training labels"):
+        quick({"own": functools.partial(exact_gp_mll, X, 2 * Y)})
+
+
+def test_rows_without_a_value_are_not_drawn():
+    both = quick({"net": GRID["1 x 2 Tanh"], "rbf": gpytorch.kernels.RBFKernel().double()}, tune=None)
+    ax, _ = both.plot("width")
+    assert [line.get_xdata().tolist() for line in ax.get_lines() if line.get_label() == "log evidence"] == [[2.0]]
+    plt.close("all")
+
+
 # ---- resuming
 
 
@@ -233,6 +307,31 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         quick(net, file=file, tune="after")
     with pytest.raises(ValueError, match="other data or options"):
         compare(net, X[:-1], Y[:-1], Gaussian(0.5), tune=None, train_options=OPTIONS, file=file)
+
+
+def test_the_file_knows_options_by_their_content(tmp_path):
+    """Not by what is printed of them: long tensors, addresses."""
+    file, net = tmp_path / "table.csv", {"net": randomized(mlp(1), 0)}
+    noise = torch.full((40, 1), 0.5, dtype=F64)
+
+    def again(noise=noise, seed=0):
+        options = {"method": "adam", "max_iterations": 2, "generator": torch.Generator().manual_seed(seed)}
+        return compare(net, X, Y, Gaussian(noise), tune=None, train_options=options, file=file, progress=False)
+
+    first = again()
+    second = again()  # from the file
+    assert second.column("seconds") == first.column("seconds") and not second.models
+    with pytest.raises(ValueError, match="other data or options"):
+        again(seed=1)
+    noise = noise.clone()
+    noise[20] = 0.4
+    with pytest.raises(ValueError, match="another candidate by the name of 'net'"):
+        again(noise)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Make it first"):
+        quick({"net": GRID["1 x 2 Tanh"]}, file=tmp_path / "none" / "table.csv")
 
 
 # ---- parallel
@@ -312,6 +411,13 @@ def test_refusals():
         compare({"rbf": gpytorch.kernels.RBFKernel()}, X, (Y[:, 0] > 0).long(), Categorical())
     with pytest.raises(ValueError, match="GP of one output"):
         compare({"rbf": gpytorch.kernels.RBFKernel()}, X, torch.cat([Y, Y], 1), Gaussian(0.5))
+    with pytest.raises(ValueError, match="GP evidence .* does not exist") as caught:
+        compare({"net": randomized(mlp(1, num_outputs=2), 0)}, X, (Y[:, 0] > 0).long(), Categorical(), kind="gp")
+    assert "candidate 'net'" in str(caught.value.__notes__)
+    with pytest.raises(ValueError, match="train_options has 'every'; fit takes"):
+        quick({"net": net}, train_options={"every": 3})
+    with pytest.raises(ValueError, match="gp_options has 'prior_variance'"):
+        quick({"net": net}, gp_options={"prior_variance": torch.ones(7)})
     with pytest.raises(ValueError, match="other training inputs"):
         quick({"own": functools.partial(exact_gp_mll, X + 1)})
 
