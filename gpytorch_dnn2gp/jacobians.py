@@ -82,7 +82,8 @@ class NetFunction:
 
     def flatten(self, tensors: dict[str, Tensor], num_batch_dims: int = 0) -> Tensor:
         """Concatenate tensors ``(batch..., *shape)`` by name to ``(batch..., P)``."""
-        return torch.cat([tensors[name].flatten(num_batch_dims) for name in self.names], dim=-1)
+        parts = (tensors[name] for name in self.names)
+        return torch.cat([t[..., None] if t.dim() == num_batch_dims else t.flatten(num_batch_dims) for t in parts], -1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split ``(batch..., P)`` into tensors by name; the inverse of :meth:`flatten`."""

@@ -312,3 +312,26 @@ def test_functional_batch_norm_is_found():
 
     with pytest.raises(ValueError, match="normalises by the batch"):
         dnn2gp.Linearization(Normalised().to(F64))(torch.randn(4, 3, dtype=F64))
+
+
+class Scaled(nn.Module):
+    """Has a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = nn.Linear(2, 2).to(F64), nn.Parameter(torch.tensor(1.3, dtype=F64))
+
+    def forward(self, x):
+        return self.scale * self.body(x)
+
+
+def test_a_parameter_without_dimensions():
+    net, x = Scaled(), torch.randn(5, 2, dtype=F64)
+    lin = dnn2gp.Linearization(net)
+    J = lin.jacobian(x)
+    at = sum(lin.param_sizes[: lin.param_names.index("scale")])
+    assert_close(J[..., at], net.body(x))  # d (s f) / d s = f
+    assert_close(lin.gram(x), torch.einsum("ikp,jlp->ikjl", J, J).reshape(10, 10))
+    y, loss = torch.randn_like(x), dnn2gp.losses.Gaussian(0.5)
+    gps = [dnn2gp.LaplaceGP(net, x, y, loss, solver=solver) for solver in ("weight_space", "function_space")]
+    assert_close(gps[0].log_evidence(), gps[1].log_evidence())
