@@ -533,7 +533,7 @@ class _Task:
             )
         (inputs, *_), labels = model.model.train_inputs, model.model.train_targets
         own = (self.x.flatten(1), self.y.flatten(1) if self.y.dim() > 1 else self.y[:, None])
-        if labels.shape[:1] != inputs.shape[-2:-1] or len(labels) != len(self.y):  # outputs in a batch
+        if labels.dim() == 2 and len(labels) != len(self.y):  # outputs in a batch
             labels = labels.mT
         for name, given, expected in zip(("inputs", "labels"), (inputs, labels.reshape(len(labels), -1)), own):
             if given.shape[-2:] != expected.shape or not torch.equal(given, expected.to(given).expand_as(given)):

@@ -252,6 +252,15 @@ def test_priors_guide_the_fit_and_are_not_in_the_evidence():
     assert_close(number(with_it["evidence"]), number(without["evidence"]))
 
 
+def test_mlls_of_other_kinds_are_refused():
+    models = gpytorch.models.IndependentModelList(exact_gp_mll().model)
+    both = gpytorch.mlls.SumMarginalLogLikelihood(
+        gpytorch.likelihoods.LikelihoodList(*models.likelihood.likelihoods), models
+    )
+    with pytest.raises(ValueError, match="one model with exact inference; SumMarginalLogLikelihood"):
+        quick({"own": lambda: both})
+
+
 def test_an_mll_of_other_labels_is_refused():
     with pytest.raises(ValueError, match="other training labels"):
         quick({"own": functools.partial(exact_gp_mll, X, 2 * Y)})
