@@ -23,6 +23,7 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.func import functional_call
 
 from . import tiling
 from .gp import LaplaceGP, NetworkGP
@@ -177,6 +178,12 @@ class BlockEvidence:
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be positive; got {block_size}.")
+        if not isinstance(gp, LaplaceGP):
+            raise TypeError(
+                f"Block bounds are for a LaplaceGP; got {type(gp).__name__}, whose log_evidence() is exact."
+            )
+        if gp.covar_module.structure.base_root is not None:
+            raise ValueError("Block bounds are for independent weights; this prior has a full covariance, P x P.")
         if gp.structure != "full" or gp.residual_kernel is not None:
             raise ValueError("Block bounds are for structure='full' without a residual kernel.")
         if gp.train_inputs[0].dim() != 2 or len(gp.train_inputs[0]) != len(gp.train_labels):
@@ -412,6 +419,17 @@ def require_varied_labels(loss: Loss, labels: Tensor) -> None:
         )
 
 
+class _Closure(torch.nn.Module):
+    """What a prior is on, as the ``forward`` of a module, so that it can be called with other parameters."""
+
+    def __init__(self, module: torch.nn.Module, closure: Callable[[torch.nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.module, self.closure = module, closure
+
+    def forward(self) -> Tensor:
+        return self.closure(self.module)
+
+
 class _LogHyperparameters:
     """log delta, log sigma^2 and the raw parameters of a residual kernel in one vector."""
 
@@ -462,14 +480,14 @@ class _LogHyperparameters:
     def _log_priors(self, prior_precision: Tensor, noise: Tensor | None) -> Tensor:
         """Log densities of the priors registered on the hyperparameters, at these values."""
         gp, total = self.gp, prior_precision.new_zeros(())
-        for name, module, prior, closure, _ in gp.named_priors():
-            short = name.rpartition(".")[2]
-            if module is gp.covar_module and short == "prior_precision_prior":
-                value = prior_precision
-            elif module is gp.likelihood and short == "noise_prior" and noise is not None:
-                value = noise
-            else:
-                value = closure(module).detach()
+        kernel, likelihood = gp.covar_module, gp.likelihood
+        delta = kernel.raw_prior_precision_constraint.inverse_transform(prior_precision)
+        raw = {kernel: {"module.raw_prior_precision": delta.reshape(kernel.raw_prior_precision.shape)}}
+        if noise is not None:
+            sigma2 = likelihood.raw_noise_constraint.inverse_transform(noise)
+            raw[likelihood] = {"module.raw_noise": sigma2.reshape(likelihood.raw_noise.shape)}
+        for _, module, prior, closure, _ in gp.named_priors():
+            value = functional_call(_Closure(module, closure), raw.get(module, {}), ())
             total = total + prior.log_prob(value).sum()
         return total
 

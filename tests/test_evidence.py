@@ -281,6 +281,11 @@ def test_block_refusals():
         mlls.BlockEvidence(gp, 0)
     with pytest.raises(ValueError, match="structure='full'"):
         mlls.BlockEvidence(problem("gaussian").gp(structure="diagonal"), 2)
+    with pytest.raises(ValueError, match="full covariance"):
+        p = problem("gaussian")
+        mlls.BlockEvidence(p.gp(prior_variance=torch.eye(gp.linearization.num_weights, dtype=F64)), 2)
+    with pytest.raises(TypeError, match="got VariationalGP"):
+        mlls.BlockEvidence(dnn2gp.VariationalGP(p.net, gp.weight_posterior(), p.x, p.y, p.loss()), 2)
     with pytest.raises(ValueError, match="between 1 and 3"):
         mlls.BlockEvidence(gp, 2).estimate(num_blocks=4)
     with pytest.raises(ValueError, match="Laplace evidence"):

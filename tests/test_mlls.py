@@ -76,6 +76,33 @@ def test_fit_evidence_finds_a_maximum(kind):
     assert "nats" in repr(fit)
 
 
+def test_priors_of_any_name_count_in_fits():
+    gp = make_gp()
+    prior = gpytorch.priors.GammaPrior(5000.0, 100.0)  # near 50
+    gp.covar_module.register_prior("of_my_own", prior, lambda m: m.prior_precision)
+    dnn2gp.fit_evidence(gp)
+    assert 45 < float(gp.prior_precision.detach()) < 55
+
+
+def test_the_gradient_with_priors_on_every_hyperparameter():
+    prior = gpytorch.priors.GammaPrior(50.0, 10.0).double()
+    residual = gpytorch.kernels.ScaleKernel(
+        gpytorch.kernels.RBFKernel(lengthscale_prior=prior), outputscale_prior=prior
+    )
+    gp = make_gp(residual_kernel=residual.to(F64))
+    gp.covar_module.register_prior("a", prior, lambda m: m.prior_precision)
+    gp.likelihood.register_prior("b", prior, lambda m: m.noise)
+    problem = dnn2gp.mlls._LogHyperparameters(gp, fit_noise=True)
+    evidence = dnn2gp.mlls._evidence_of(gp, "laplace")
+    _, _, gradient = problem.gradient(evidence, problem.start.clone())
+    steps = 1e-5 * torch.eye(len(gradient), dtype=F64)
+    differences = [
+        problem.gradient(evidence, problem.start + h)[0] - problem.gradient(evidence, problem.start - h)[0]
+        for h in steps
+    ]
+    assert_close(gradient, torch.tensor(differences, dtype=F64) / 2e-5, 1e-6)
+
+
 def test_fit_evidence_interrupted_keeps_its_best(monkeypatch):
     gp = make_gp(groups=["0", "2"])
     before = float(gp.log_evidence().detach())
