@@ -739,9 +739,15 @@ def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -
     model = mll.train().model
     parameters = [p for p in mll.parameters() if p.requires_grad]
 
+    def log_priors() -> list[Tensor]:
+        return [prior.log_prob(closure(module)) for _, module, prior, closure, _ in model.named_priors()]
+
     def value() -> Tensor:
         output = model(*model.train_inputs)
-        return (mll(output, model.train_targets) * output.event_shape.numel()).sum()  # over a batch of outputs
+        total = mll(output, model.train_targets) * output.event_shape.numel()
+        for p in log_priors():  # one that all outputs of a batch share is in each of them
+            total = total - p.view(*p.shape[: total.dim()], -1).sum(-1)
+        return total.sum() + sum(p.sum() for p in log_priors())
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
         nn.utils.vector_to_parameters(torch.as_tensor(values).to(parameters[0]), parameters)
@@ -754,5 +760,4 @@ def _fit_mll(mll: MarginalLogLikelihood, fit: bool, max_iterations: int = 200) -
         result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": max_iterations})
         nn.utils.vector_to_parameters(torch.as_tensor(result.x).to(parameters[0]), parameters)
     with torch.no_grad():
-        priors = sum(prior.log_prob(closure(module)).sum() for _, module, prior, closure, _ in model.named_priors())
-        return float(value() - priors)
+        return float(value() - sum(p.sum() for p in log_priors()))

@@ -735,9 +735,12 @@ def test_one_hot_regression_takes_one_cholesky_for_all_classes(monkeypatch):
 
 def depths(x, y, weight: float = 1.5) -> dict:
     """One-hot GPs of several depths, as `compare` takes them."""
+    prior = gpytorch.priors.GammaPrior(2.0, 1.0)
 
     def make(depth):
-        gp = infinite.OneHotGP(x, y, kernel_of("nngp", depth, "erf", weight, 0.1), noise=0.05)
+        gp = infinite.OneHotGP(
+            x, y, kernel_of("nngp", depth, "erf", weight, 0.1, weight_variance_prior=prior), noise=0.05
+        )
         return gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)
 
     return {f"depth {d}": Candidate(functools.partial(make, d), settings={"depth": d}) for d in (1, 3)}
