@@ -76,14 +76,14 @@ def _require_same_identity(kernel: JacobianKernel, state: dict, prefix: str, *_)
 FEATURE_NUMBERS = 2**25  # in all, up to which features are held rather than Grams taken by layers
 
 
-class _Grams:
-    """The Grams, one for each prior group, of the last inputs asked for: a new prior precision repeats none of them.
+class _Cache:
+    """What the last inputs asked for gave, found by equality of inputs and net.
 
-    Found by equality of inputs and net; left out where the inputs have a gradient, or where they take much memory.
-    Copies, pickles and moves of the kernel start empty.
+    Left out where the inputs have a gradient, or where it takes much memory. Copies, pickles and moves of the kernel
+    start empty.
     """
 
-    SIZE = 3  # training, test, and between the two
+    SIZE = 0  # entries kept
 
     def __init__(self) -> None:
         self.clear()
@@ -91,13 +91,33 @@ class _Grams:
     def clear(self) -> None:
         """Forget everything."""
         self._net: list[Tensor] = []
-        self._entries: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._entries: list[tuple] = []
 
-    def __deepcopy__(self, memo: dict) -> _Grams:
+    def __deepcopy__(self, memo: dict) -> _Cache:
         return type(self)()
 
     def __reduce__(self) -> tuple:
         return type(self), ()
+
+    def _require_same(self, net: nn.Module) -> None:
+        """Start afresh if the net has changed, as by ``load_state_dict``."""
+        now = [*net.parameters(), *net.buffers()]
+        same = len(now) == len(self._net) and all(
+            a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, self._net)
+        )
+        if not same:
+            self.clear()
+            self._net = [tensor.detach().clone() for tensor in now]
+
+    def _keep(self, *entry: Tensor | None) -> None:
+        """Remember an entry: what was asked for, and last what it gave."""
+        self._entries = [entry, *self._entries][: self.SIZE]
+
+
+class _Grams(_Cache):
+    """The Grams, one for each prior group, of the last inputs asked for: a new prior precision repeats none of them."""
+
+    SIZE = 3  # training, test, and between the two
 
     def __call__(self, kernel: JacobianKernel, x1: Tensor, x2: Tensor | None) -> Tensor:
         """``k(x1, x2)``, ``(n1 K, n2 K)``; ``x2=None`` means ``x1``. Differentiable in the prior precision."""
@@ -106,9 +126,7 @@ class _Grams:
         batch = x1.dim() > 2 or (x2 is not None and x2.dim() > 2)
         if batch or _has_gradient(x1) or (x2 is not None and _has_gradient(x2)):
             return rows1.covariance(rows2, prior)
-        if _changed(self._net, lin.net):
-            self.clear()
-            self._net = _net_state(lin.net)
+        self._require_same(lin.net)
         delta = kernel.prior_precision.reciprocal()
         for i, (known1, known2, grams) in enumerate(self._entries):
             if _equal(known1, x1) and _equal(known2, x2):
@@ -120,8 +138,7 @@ class _Grams:
             return rows1.covariance(rows2, prior)
         grams = rows1.grams(rows2, groups, base)
         if not torch.is_inference_mode_enabled():
-            copies = x1.detach().clone(), None if x2 is None else x2.detach().clone()
-            self._entries = [(*copies, grams), *self._entries][: self.SIZE]
+            self._keep(x1.detach().clone(), None if x2 is None else x2.detach().clone(), grams)
         return torch.einsum("g,gij->ij", delta, grams)
 
 
@@ -129,40 +146,10 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _net_state(net: nn.Module) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in (*net.parameters(), *net.buffers())]
-
-
-def _changed(known: list[Tensor], net: nn.Module) -> bool:
-    """Whether the net is another than when ``known`` was taken, as after ``load_state_dict``."""
-    now = [*net.parameters(), *net.buffers()]
-    return len(now) != len(known) or not all(
-        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, known, strict=True)
-    )
-
-
-class _Jacobians:
-    """The Jacobians of the last inputs asked for, so that neither a new prior precision nor a prediction repeats them.
-
-    Found by equality of inputs and net; left out where the inputs have a gradient, or where they take much memory.
-    Copies, pickles and moves of the kernel start empty.
-    """
+class _Jacobians(_Cache):
+    """The Jacobians of the last inputs asked for: neither a new prior precision nor a prediction repeats them."""
 
     SIZE = 2  # training and test inputs
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._net: list[Tensor] = []
-        self._entries: list[tuple[Tensor, Tensor]] = []
-
-    def __deepcopy__(self, memo: dict) -> _Jacobians:
-        return type(self)()
-
-    def __reduce__(self) -> tuple:
-        return type(self), ()
 
     def __call__(self, lin: Linearization, x: Tensor) -> Tensor:
         """``J(x)``, ``(..., n, K, P)``; without batch dimensions where all elements of a batch are the same."""
@@ -178,7 +165,7 @@ class _Jacobians:
                 return rows
         rows = self._extended(lin, x)
         if not torch.is_inference_mode_enabled() and tiling.cache_fits(rows.numel(), rows.dtype, rows.device):
-            self._entries = [(x.detach().clone(), rows.detach()), *self._entries][: self.SIZE]
+            self._keep(x.detach().clone(), rows.detach())
         return rows
 
     def _extended(self, lin: Linearization, x: Tensor) -> Tensor:
@@ -191,12 +178,6 @@ class _Jacobians:
                 new = lin.jacobian(x[..., n:, :])
                 return torch.cat([rows.expand(*new.shape[:-3], *rows.shape), new], -3)
         return lin.jacobian(x)
-
-    def _require_same(self, net: nn.Module) -> None:
-        """Start afresh if the net has changed."""
-        if _changed(self._net, net):
-            self.clear()
-            self._net = _net_state(net)
 
 
 def _has_gradient(x: Tensor) -> bool:

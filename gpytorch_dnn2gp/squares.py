@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tiling
-from .gram.contract import dense
+from .gram.contract import dense, is_one_product, squares_of_one_product
 from .gram.rules import Outer, find_rule
 from .jacobians import NetFunction
 
@@ -234,18 +234,13 @@ def _factor(factors: dict[str, Tensor | Outer], module: nn.Module, local: str) -
 
 def _is_one_product(parts: list[Tensor | Outer]) -> bool:
     """Whether the rows are ``c a^T`` for each example and cotangent."""
-    if len(parts) > 1 or not isinstance(parts[0], Outer):
-        return False
-    a = parts[0].a
-    return a is not None and a.is_floating_point() and a.shape[1] == 1
+    return len(parts) == 1 and is_one_product(parts[0])
 
 
 def _sum_of_squares(parts: list[Tensor | Outer], size: int) -> Tensor:
     """``sum_ij`` of the squared rows of one parameter, ``(p,)``; they are the sum of ``parts``."""
     if _is_one_product(parts):
-        # (c a^T)^2 = c^2 (a^2)^T
-        square = parts[0].c.square().sum((1, 2)).mT @ parts[0].a[:, 0].square()
-        return (square.mT if parts[0].transposed else square).flatten()
+        return squares_of_one_product(parts[0])
     return sum(dense(part, size) for part in parts).square().sum((0, 1))
 
 

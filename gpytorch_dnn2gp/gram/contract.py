@@ -117,6 +117,18 @@ def dense(factor: Outer | Tensor, size: int) -> Tensor:
     return out.reshape(n, m, d * a.shape[-1])
 
 
+def is_one_product(factor: Outer | Tensor) -> bool:
+    """Whether the rows of each example are ``c_j a^T``, for a single vector a."""
+    a = factor.a if isinstance(factor, Outer) else None
+    return a is not None and a.is_floating_point() and a.shape[1] == 1
+
+
+def squares_of_one_product(factor: Outer) -> Tensor:
+    """``sum_ij`` of the squares of such rows, ``(p,)``: ``(c a^T)^2 = c^2 (a^2)^T``, one product for all examples."""
+    square = factor.c.square().sum((1, 2)).mT @ factor.a[:, 0].square()
+    return (square.mT if factor.transposed else square).flatten()
+
+
 # ---- which order
 
 
@@ -218,10 +230,6 @@ class Features:
         """With the examples unflattened to ``(..., n)``."""
         return self._map(lambda tensor: tensor.unflatten(0, batch_shape), batch_shape[-1])
 
-    def detach(self) -> Features:
-        """Without a graph."""
-        return self._map(torch.Tensor.detach)
-
     def _map(self, change: Callable[[Tensor], Tensor], num_examples: int | None = None) -> Features:
         dense = None if self.dense is None else change(self.dense)
         layers = tuple(layer.map(change) for layer in self.layers)
@@ -239,11 +247,6 @@ class Features:
     def num_numbers(self) -> int:
         """How many numbers are held."""
         return sum(tensor.numel() for tensor in self.tensors())
-
-    @property
-    def has_batch(self) -> bool:
-        """Whether there are leading batch dimensions."""
-        return self.dense.dim() > 3 if self.dense is not None else self.layers[0].c.dim() > 4
 
 
 # ---- products

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from .. import tiling
 from ..jacobians import NetFunction
-from .contract import Layer, Use, allows_batch, cheaper_dense, product
+from .contract import (
+    Layer,
+    Use,
+    allows_batch,
+    cheaper_dense,
+    is_one_product,
+    product,
+    squares_of_one_product,
+)
 from .features import feature_chunks
 from .matrix import Side, prior_of
 
@@ -58,16 +66,12 @@ def sum_of_squares(net: NetFunction, side: Side, progress: bool | None = None) -
                 for name, columns in found.columns.items():
                     total[name] += found.dense[..., columns].square().sum((0, 1))
                 for layer in found.layers:
-                    c = layer.c.square().sum(1).squeeze(1)  # (n, d_out)
-                    for name, (a, transposed) in layer.inputs.items():
-                        square = c.mT @ a.square().squeeze(1)
-                        total[name] += (square.mT if transposed else square).flatten()
+                    for name in layer.inputs:
+                        total[name] += squares_of_one_product(layer.factor(name))
                 bar.update((part.stop - part.start) * (rows.stop - rows.start))
     return torch.cat(list(total.values()))
 
 
 def _several_sites(layer: Layer) -> set[str]:
     """Parameters whose Jacobian is more than one outer product."""
-    return {
-        name for name, (a, _) in layer.inputs.items() if layer.num_sites > 1 or a is None or not a.is_floating_point()
-    }
+    return {name for name in layer.inputs if not is_one_product(layer.factor(name))}

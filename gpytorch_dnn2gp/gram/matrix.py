@@ -56,7 +56,7 @@ class Side:
         return len(self.x)
 
     def num_rows(self, net: NetFunction) -> int:
-        """M."""
+        """Rows per example, m."""
         return net.num_rows(self.x, self.cotangents)
 
     def rows(self, net: NetFunction, part: slice) -> Side:
@@ -108,13 +108,13 @@ def gram(
     other = left if right is None else right
     m1, m2 = (1, 1) if trace else (left.num_rows(net), other.num_rows(net))
     shape = (num_groups, len(left) * m1, len(other) * m2)
+    out_shape = shape if groups is not None else shape[1:]
     assembly = _Assembly(net, left, right, prior, num_groups, trace, progress)
     if file is not None:
         key = _digest(net, left, right, prior_variance, groups, trace)
-        size = shape if groups is not None else shape[1:]
-        return assembly.to_file(tiling.MatrixFile(file, size, net.dtype, key, device))
+        return assembly.to_file(tiling.MatrixFile(file, out_shape, net.dtype, key, device))
     if 0 in shape:
-        return torch.zeros(shape if groups is not None else shape[1:], dtype=net.dtype, device=device)
+        return torch.zeros(out_shape, dtype=net.dtype, device=device)
     tiling.require_memory(
         num_groups * shape[1] * shape[2],
         net.dtype,
@@ -282,15 +282,13 @@ def batched_gram(
     prior, other = prior_of(net, prior_variance, groups), left if right is None else right
     if prior is None:
         raise ValueError("Batches want groups that are made of whole parameter tensors.")
-    if 0 in (len(left), len(other)):
-        sizes = [n * (1 if trace else side.num_rows(net)) for n, side in ((shape1[-1], left), (shape2[-1], other))]
-        lead = () if groups is None else (len(groups),)
-        batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
-        return torch.zeros(*lead, *batch, *sizes, dtype=net.dtype, device=left.x.device)
     num_groups = 1 if groups is None else len(groups)
-    assembly = _Assembly(net, left, right, prior, num_groups, trace, False)
+    batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
     m1, m2 = (1, 1) if trace else (left.num_rows(net), other.num_rows(net))
-    size = torch.Size((num_groups, *torch.broadcast_shapes(shape1[:-1], shape2[:-1]), shape1[-1] * m1, shape2[-1] * m2))
+    size = torch.Size((num_groups, *batch, shape1[-1] * m1, shape2[-1] * m2))
+    if 0 in (len(left), len(other)):
+        return torch.zeros(size if groups is not None else size[1:], dtype=net.dtype, device=left.x.device)
+    assembly = _Assembly(net, left, right, prior, num_groups, trace, False)
     tiling.require_memory(
         size.numel(),
         net.dtype,
@@ -306,7 +304,6 @@ def batched_gram(
             tiles = assembly.product(a, a if right is None else second.batched(shape2))
             return tiles[0] if groups is None else torch.stack(tiles)
         # one by one; an index tells which element of each side is meant, since batch dimensions broadcast
-        batch = torch.broadcast_shapes(shape1[:-1], shape2[:-1])
         elements = []
         for shape in (shape1, shape2):
             number = torch.arange(shape[:-1].numel()).reshape(shape[:-1])
