@@ -1134,6 +1134,56 @@ def _(tmp):
     dnn2gp.infinite.integrals.ProductRule(torch.tanh, tolerance=1e-6, step=0.1)
 
 
+# ---- sequences
+
+PADDED = torch.arange(12, dtype=F64).view(2, 3, 2)
+
+
+@case("an empty sequence")
+def _(tmp):
+    dnn2gp.infinite.pack([PADDED[0], PADDED[1, :0]])
+
+
+@case("a length beyond the tokens")
+def _(tmp):
+    dnn2gp.infinite.pack(PADDED, torch.tensor([3, 4]))
+
+
+@case("lengths for another number of sequences")
+def _(tmp):
+    dnn2gp.infinite.pack(PADDED, torch.tensor([3, 2, 1]))
+
+
+@case("a length that is no integer")
+def _(tmp):
+    dnn2gp.infinite.unpack(with_entry(dnn2gp.infinite.pack(PADDED), (0, -1), 1.5), 2)
+
+
+@case("NaN in a token")
+def _(tmp):
+    dnn2gp.infinite.pack(with_entry(PADDED, (1, 0, 1), torch.nan))
+
+
+@case("sequences with tokens of several sizes")
+def _(tmp):
+    dnn2gp.infinite.pack([PADDED[0], torch.ones(2, 3, dtype=F64)])
+
+
+@case("token numbers instead of embeddings")
+def _(tmp):
+    dnn2gp.infinite.pack(PADDED.long())
+
+
+@case("rows that hold no sequence")
+def _(tmp):
+    dnn2gp.infinite.unpack(dnn2gp.infinite.pack(PADDED), 4)
+
+
+@case("too little room for the longest sequence")
+def _(tmp):
+    dnn2gp.infinite.pack(PADDED, max_length=2)
+
+
 # ---- the table
 
 

@@ -3,6 +3,7 @@
     NNGPKernel(net), NTKKernel(net)          from a module
     fully_connected(...), convolutional(...) from depth and sigma
     rule                                     for layers of your own
+    pack, unpack                             sequences of different lengths, as rows of one matrix
     integrals                                E[phi(u) phi(v)] of any activation
 
 Read integrals.py first, then state.py (what travels through the net), rules.py (what each layer does to it), program.py
@@ -15,6 +16,7 @@ from .kernels import NNGPKernel, NTKKernel
 from .monte_carlo import MonteCarlo, monte_carlo
 from .one_hot import OneHotGP, SharedNoise
 from .rules import Pointwise, Weighted, rule
+from .sequences import Sequences, pack, unpack
 from .state import State
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "NTKKernel",
     "OneHotGP",
     "Pointwise",
+    "Sequences",
     "SharedNoise",
     "State",
     "Weighted",
@@ -30,5 +33,7 @@ __all__ = [
     "fully_connected",
     "integrals",
     "monte_carlo",
+    "pack",
     "rule",
+    "unpack",
 ]
