@@ -3,6 +3,8 @@
 The theorems are those of Khan, Immer, Abedi and Korzepa (NeurIPS 2019); docs/notation.md maps their letters to names.
 """
 
+import importlib
+
 from . import (
     dual,
     gram,
@@ -66,3 +68,14 @@ __all__ = [
     "training",
     "weights",
 ]
+
+
+def __getattr__(name: str):
+    """``bayesopt`` is imported when first asked for, as it imports botorch, which changes GPyTorch's settings."""
+    if name == "bayesopt":
+        return importlib.import_module(f"{__name__}.bayesopt")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "bayesopt"})

@@ -594,7 +594,7 @@ class NetworkGP(ExactGP):
         solver = self._solver_for(splitting)
         if residual_kernel is None:
             return solver.posterior(prior, splitting)
-        return solver.posterior(prior, splitting, lambda x1, x2: residual_kernel(x1, x2).to_dense())
+        return solver.posterior(prior, splitting, functools.partial(_dense_kernel, residual_kernel))
 
     def _hyperparameter_values(self) -> tuple[Tensor, ...]:
         residual = () if self.residual_kernel is None else self.residual_kernel.parameters()
@@ -1020,6 +1020,10 @@ def linearization_for(
     if input_shape is None and not isinstance(net, Linearization) and getattr(x, "ndim", 0) > 2:
         input_shape = x.shape[1:]
     return as_linearization(net, params=params, input_shape=input_shape, input_dtype=input_dtype)
+
+
+def _dense_kernel(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
+    return kernel(x1, x2).to_dense()
 
 
 def _require_loss(loss: object) -> None:

@@ -198,7 +198,7 @@ def _lbfgs(
             callback(len(history))
 
     try:
-        _stacked_lbfgs(objective, w, max_evaluations, tolerance, report)
+        stacked_lbfgs(objective, w, max_evaluations, tolerance, report)
     finally:
         bar.close()
         _assign(weights, w[0])
@@ -293,7 +293,7 @@ def fit_many(
                 bar.set_postfix(training=len(active))
 
             if method == "lbfgs":
-                _stacked_lbfgs(problem, problem.w, max_iterations, gradient_tolerance, report)
+                stacked_lbfgs(problem, problem.w, max_iterations, gradient_tolerance, report)
             else:
                 _stacked_adam(problem, problem.w, max_iterations, gradient_tolerance, lr, report)
         norms = problem(problem.w, torch.arange(len(nets)))[1].norm(dim=-1).tolist()
@@ -443,7 +443,7 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def _stacked_lbfgs(
+def stacked_lbfgs(
     objective: Objective,
     w: Tensor,
     max_evaluations: int,
