@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--peer-path", default="", help="folder put before its path")
     parser.add_argument("--data", type=Path, help="folder with cifar10/*.npz")
     parser.add_argument("--n", type=int, default=1000, help="inputs of the fully connected nets (default 1000)")
+    parser.add_argument("--peer-batch", type=int, default=20, help="images per side of its batches (default 20)")
     parser.add_argument("--skip-images", action="store_true")
+    parser.add_argument("--only-images", action="store_true")
     arguments = parser.parse_args()
 
     import torch  # after the thread count is known
@@ -100,6 +102,7 @@ def main() -> None:
     jobs = [
         ("fc", activation, depth, dtype) for activation, depth in FULLY_CONNECTED for dtype in ("float32", "float64")
     ]
+    jobs = [] if arguments.only_images else jobs
     jobs += [] if arguments.skip_images else [("conv", "relu", 2, "float32")]
     print(f"{'net':>18} {'dtype':>8} {'pairs':>7} {'ours':>8} {'peer':>8} {'ratio':>6}")
     versions = None
@@ -131,7 +134,7 @@ def main() -> None:
         peer = {}
         if arguments.peer_python:
             job = {"kind": kind, "activation": activation, "depth": depth, "dtype": dtype, "weight": 1.8, "bias": 0.1}
-            job |= {"repeats": repeats, "batch": 20}
+            job |= {"repeats": repeats, "batch": arguments.peer_batch}
             with tempfile.NamedTemporaryFile(suffix=".npy") as file:
                 np.save(file, x if kind == "fc" else x.transpose(0, 2, 3, 1))
                 file.flush()

@@ -251,4 +251,6 @@ def _same_inputs(x1: Tensor, x2: Tensor) -> bool:
     if x1 is x2:
         return True
     recorded = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
-    return not recorded and x1.shape == x2.shape and torch.equal(x1, x2)
+    if recorded or x1.shape != x2.shape:
+        return False
+    return torch.equal(x1[..., :1, :], x2[..., :1, :]) and torch.equal(x1, x2)  # mostly the first rows tell

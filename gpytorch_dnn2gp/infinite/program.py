@@ -21,7 +21,8 @@ from .integrals import TOO_LARGE, VarianceOverflow
 from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Dropout, Layer, Norm, Weighted
 from .state import Across, Features, Run, State, Within
 
-TILE = 2**17  # entries of one tile: some of them together stay in the processor's cache
+# Of one tile: few enough for the processor's cache, many enough for torch's cost per call.
+TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 HOW_TO_ADD = (
     "A rule of your own takes a few lines: @infinite.rule({kind}), then a function of the {what} that returns a "
@@ -403,8 +404,8 @@ def covariance(
     options = {"weight_variance": weight_variance, "bias_variance": bias_variance, "ntk": ntk, "dropout": dropout}
     x1 = x1.unflatten(-1, shape)
     x2 = x1 if symmetric else x2.unflatten(-1, shape)
-    x = x1 if symmetric else torch.cat([x1, x2], len(batch))
-    diagonal, points, area = _within(program, x, shape, options)
+    sides = (x1,) if symmetric else (x1, x2)
+    diagonal, points, area = _within(program, sides, shape, options)
 
     def tile(rows: slice, columns: slice) -> Tensor:
         second = columns if symmetric else slice(n1 + columns.start, n1 + columns.stop)
@@ -412,15 +413,16 @@ def covariance(
         a, b = (u.narrow(len(batch), s.start, s.stop - s.start) for u, s in ((x1, rows), (x2, columns)))
         return _kernel_of(program(Features(a, b, shape, run)), ntk)
 
-    tiles = list(_tiles(n1, n2, max(1, TILE // (area * max(1, batch.numel()))), symmetric))
-    tensors = (x, weight_variance, bias_variance)
+    pair_bytes = x1.element_size() * area * max(1, batch.numel())
+    tiles = _tiles(n1, n2, max(1, TILE_BYTES.get(x1.device.type, 2**28) // pair_bytes), symmetric)
+    tensors = (*sides, weight_variance, bias_variance)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
     if recorded:
         return _assembled(
             [_tile_again(tile, *at, len(tiles)) for at in bar], tiles, n1, n2, diagonal if symmetric else None
         )
-    out = x.new_empty(*batch, n1, n2)
+    out = x1.new_empty(*batch, n1, n2)
     for rows, columns in bar:
         block = tile(rows, columns)
         if symmetric and columns.start == rows.start:  # the two halves of its square differ by rounding
@@ -440,11 +442,17 @@ def variances(program: Program, x: Tensor, weight_variance: Tensor, bias_varianc
         return x.new_zeros(x.shape[:-1])
     shape = options.pop("input_shape") or (x.shape[-1],)
     options = {"weight_variance": weight_variance, "bias_variance": bias_variance, **options}
-    return _within(program, x.unflatten(-1, shape), shape, options)[0]
+    return _within(program, (x.unflatten(-1, shape),), shape, options)[0]
 
 
-def _within(program: Program, x: Tensor, shape: tuple[int, ...], options: dict) -> tuple[Tensor, dict, int]:
-    """Variances of the outputs, what the layers prepared of theirs, and the largest number of entries of one pair."""
+def _within(
+    program: Program, sides: tuple[Tensor, ...], shape: tuple[int, ...], options: dict
+) -> tuple[Tensor, dict, int]:
+    """Variances of the outputs, what the layers prepared of theirs, and the largest number of entries of one pair.
+
+    All inputs one after another, those of the first side before those of the second.
+    """
+    x = sides[0]
     axis = x.dim() - len(shape) - 1
     batch = x.shape[:axis]
     probe = Within(**options)
@@ -452,9 +460,9 @@ def _within(program: Program, x: Tensor, shape: tuple[int, ...], options: dict) 
     per_input = 8 * max(widest, x.shape[axis + 1 :].numel()) * max(1, batch.numel())
     length = tiling.chunk_length(per_input, x.dtype, x.device)
     diagonals, recorded = [], []
-    for part in tiling.chunks(x.shape[axis], length):
+    for piece in (piece for side in sides for piece in side.split(length, axis)):
         run = Within(**options)
-        piece = x.narrow(axis, part.start, part.stop - part.start).unsqueeze(axis + 1)
+        piece = piece.unsqueeze(axis + 1)
         state = program(Features(piece, piece, shape, run))
         diagonals.append(_kernel_of(state, options["ntk"])[..., 0, 0])
         recorded.append(run.recorded)

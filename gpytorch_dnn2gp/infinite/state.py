@@ -134,15 +134,14 @@ class State:
             trained: whether weights, and biases, are there and trained.
         """
         w, b = self.run.per_pair(weight, self.k), self.run.per_pair(bias, self.k)
-        weights_part = self.k * w
-        k = weights_part + b
+        k = torch.addcmul(b, self.k, w)
         t = None
         if self.run.ntk is not None:
             t = torch.zeros_like(k) if self.t is None else self.t * w
             if self.run.ntk == "ntk" and all(trained):
                 t = t + k
             elif self.run.ntk == "ntk":
-                t = t + trained[0] * weights_part + trained[1] * b
+                t = t + trained[0] * (self.k * w) + trained[1] * b
             else:
                 t = t + (trained[0] * fan_in) * self.k + float(trained[1])
         return replace(self, k=k, t=t, gaussian=True, sources=frozenset([layer]))
