@@ -12,6 +12,7 @@ GPyTorch's own ``ExactMarginalLogLikelihood`` on a ``LaplaceGP`` is the GP evide
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from .prediction import StationarityWarning
 from .solvers import information_matrix
 
 KINDS = ("laplace", "gp", "leave_one_out")
+BOUND_MARGIN = 1e-4  # how near, in the logarithm, a hyperparameter comes to a bound of its constraint
 
 
 # ---- by GPyTorch's conventions
@@ -112,6 +114,8 @@ def leave_one_out_density(gp: LaplaceGP, prior_precision: Tensor | None = None, 
         gp: with its training data.
         prior_precision, noise: evaluate at these instead of the GP's own.
     """
+    if not isinstance(gp, LaplaceGP):
+        raise TypeError(f"Leave-one-out predictions are those of a LaplaceGP; got {type(gp).__name__}.")
     y = gp.leave_one_out(prior_precision=prior_precision, noise=noise).y
     labels = gp.train_labels
     shape = y.batch_shape + y.event_shape
@@ -368,7 +372,7 @@ def fit_evidence(
             start,
             jac=True,
             method="L-BFGS-B",
-            bounds=list(zip(start - log_range, start + log_range, strict=True)),
+            bounds=list(zip(*problem.bounds(log_range), strict=True)),
             options={"maxiter": max_iterations},
         )
     finally:
@@ -446,6 +450,20 @@ class _LogHyperparameters:
         self.num_logs = sum(len(part) for part in parts)
         self.start = torch.cat([*parts, *(p.detach().flatten() for p in self.residual)])
 
+    def bounds(self, log_range: float) -> tuple[np.ndarray, np.ndarray]:
+        """Least and largest values of the vector: ``log_range`` around the start, and what constraints leave of it."""
+        low, high = self.start.double() - log_range, self.start.double() + log_range
+        constraints = [self.gp.covar_module.raw_prior_precision_constraint] * self.num_groups
+        if self.noise_shape is not None:
+            constraints += [self.gp.likelihood.raw_noise_constraint] * self.noise_shape.numel()
+        for i, constraint in enumerate(constraints):  # the bounds themselves lie at infinity of the raw parameter
+            least, most = (float(bound.max()) for bound in (constraint.lower_bound, constraint.upper_bound))
+            if least > 0:
+                low[i] = low[i].clamp(min=math.log(least) + BOUND_MARGIN)
+            if most < math.inf:
+                high[i] = high[i].clamp(max=math.log(most) - BOUND_MARGIN)
+        return low.cpu().numpy(), high.cpu().numpy()
+
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prior precision and sigma^2."""
         delta = theta[: self.num_groups].exp()
@@ -506,11 +524,13 @@ def _fit_by_blocks(
     theta = problem.start.clone()
     optimizer = torch.optim.Adam([torch.nn.Parameter(theta)], lr=0.1)  # shares the memory of theta
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    low, high = (torch.as_tensor(bound).to(theta) for bound in problem.bounds(math.inf))
     try:
         for _ in tiling.progress(range(steps), "Evidence by blocks", progress, unit=" steps"):
             _, _, gradient = problem.gradient(blocks.estimate, theta.clone())
             optimizer.param_groups[0]["params"][0].grad = -gradient
             optimizer.step()
+            theta.clamp_(low, high)
             scheduler.step()
     finally:
         problem.set_to(theta)

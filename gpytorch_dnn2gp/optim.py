@@ -264,8 +264,19 @@ class GaussNewton(torch.optim.Optimizer):
             "generator": generator.get_state(),
             "params": self._identity(),
         }
+        self._watch_loading()
+
+    def _watch_loading(self) -> None:
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
+
+    def __getstate__(self) -> dict:
+        """All but hooks: a copy, or what comes out of a pickle, trains a net of its own, ``copy.net``."""
+        return {name: value for name, value in self.__dict__.items() if not name.endswith("_hooks")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._watch_loading()
 
     def add_param_group(self, param_group: dict) -> None:
         """Refused once the optimizer is made: which weights share what is told by ``groups`` and ``params``."""

@@ -4,6 +4,7 @@ import gpytorch
 import oracle
 import pytest
 import torch
+from gpytorch.constraints import Interval
 from oracle import assert_close
 from problems import CASES, F64, SOLVERS, covariance, mlp, number, problem, randomized
 
@@ -215,6 +216,24 @@ def test_leave_one_out_refusals():
         p.gp().condition_on(p.x_test, p.y[:3]).leave_one_out()
     with pytest.raises(ValueError, match="soft labels"):
         mlls.leave_one_out_density(problem("categorical_soft").gp())
+    with pytest.raises(TypeError, match="got VariationalGP"):
+        mlls.leave_one_out_density(dnn2gp.VariationalGP(p.net, p.gp().weight_posterior(), p.x, p.y, p.loss()))
+
+
+@pytest.mark.parametrize("block_size", [None, 6])
+def test_fits_keep_to_constraints(block_size, monkeypatch):
+    """The best within the bounds is at the bound, as the evidence has one maximum in each."""
+    free, bounded = (problem("gaussian", n=12).gp(0.7) for _ in range(2))
+    dnn2gp.fit_evidence(free)
+    delta, noise = free.prior_precision.item(), free.noise.item()
+    bounded.covar_module.register_constraint("raw_prior_precision", Interval(delta / 9, delta / 3))
+    bounded.likelihood.register_constraint("raw_noise", Interval(noise * 2, noise * 5))
+    bounded.prior_precision, bounded.noise = delta / 5, noise * 3
+    if block_size is not None:
+        monkeypatch.setattr(tiling, "cache_fits", lambda *_: False)  # by Adam
+    dnn2gp.fit_evidence(bounded, block_size=block_size)
+    assert delta / 9 <= bounded.prior_precision.item() <= delta / 3
+    assert bounded.noise.item() == pytest.approx(noise * 2, rel=1e-3)
 
 
 # ---- bounds by blocks

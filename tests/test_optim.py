@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import oracle
 import pytest
@@ -237,6 +238,22 @@ def test_a_resumed_run_goes_on_to_the_bit(name):
     assert torch.equal(opt.mean, again.mean)
     assert torch.equal(opt.data_precision, again.data_precision)
     assert torch.equal(opt.iterate().samples, again.iterate().samples)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_copies_train_a_net_of_their_own(name, duplicate):
+    p = problem("categorical")
+    opt = made(name, p, momentum=0.9)
+    opt.step(*batch(p))
+    mean = opt.mean
+    twin = duplicate(opt)
+    twin.step(*batch(p))
+    assert torch.equal(opt.mean, mean) and not torch.equal(twin.mean, mean)
+    opt.step(*batch(p))
+    assert torch.equal(opt.mean, twin.mean) and torch.equal(opt.data_precision, twin.data_precision)
+    with pytest.raises(ValueError, match="another net|keeps a"):
+        twin.load_state_dict(made("OGGN" if twin.diagonal else "OGN", p).state_dict())
 
 
 def test_a_state_dict_follows_the_nets_dtype():
