@@ -1184,6 +1184,56 @@ def _(tmp):
     dnn2gp.infinite.pack(PADDED, max_length=2)
 
 
+# ---- batch normalisation at infinite width
+
+BATCHES = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i), dtype=F64) for i in range(2)]
+
+
+@case("new points for a batch-norm kernel")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES)(torch.cat([BATCHES[0], BATCHES[1][:1]]), diag=True)
+
+
+@case("part of a batch for a batch-norm kernel")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES)(BATCHES[0][:3], diag=True)
+
+
+@case("a batch of one, normalised")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES[0][:1])
+
+
+@case("a batch of three, its NTK")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES[0][:3], kernel="ntk")
+
+
+@case("a batch in a plane, its NTK")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES[0][:, :2], kernel="ntk")(BATCHES[0][:, :2], diag=True)
+
+
+@case("a batch of equal inputs, normalised")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, torch.ones(4, 3))
+
+
+@case("reference batches of different features")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, [BATCHES[0], BATCHES[1][:, :2]])
+
+
+@case("no reference batches")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, [])
+
+
+@case("a readout variance of zero")
+def _(tmp):
+    dnn2gp.infinite.batchnorm_mlp(1, BATCHES, 0.0)
+
+
 # ---- the table
 
 

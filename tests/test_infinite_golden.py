@@ -41,7 +41,7 @@ def load(reference, file: str, case: str) -> tuple[dict, dict]:
     for key in [key for key in arrays if key.endswith("_exact")]:
         arrays[key.removesuffix("_exact")] = arrays[key]
     h = meta["hyperparameters"]
-    for name in ("sigma_w2", "sigma_b2"):
+    for name in {"sigma_w2", "sigma_b2"} & h.keys():
         h[name] = torch.tensor(h[name], dtype=torch.float64)
     return h, arrays
 

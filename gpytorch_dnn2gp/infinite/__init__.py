@@ -2,6 +2,7 @@
 
     NNGPKernel(net), NTKKernel(net)          from a module
     fully_connected(...), convolutional(...) from depth and sigma
+    batchnorm_mlp(...)                       between whole batches
     rule                                     for layers of your own
     pack, unpack                             sequences of different lengths, as rows of one matrix
     integrals                                E[phi(u) phi(v)] of any activation
@@ -11,7 +12,8 @@ Read integrals.py first, then state.py (what travels through the net), rules.py 
 """
 
 from . import integrals
-from .constructors import convolutional, fully_connected
+from .batchnorm import BatchNormKernel
+from .constructors import batchnorm_mlp, convolutional, fully_connected
 from .kernels import NNGPKernel, NTKKernel
 from .monte_carlo import MonteCarlo, monte_carlo
 from .one_hot import OneHotGP, SharedNoise
@@ -20,6 +22,7 @@ from .sequences import Sequences, pack, unpack
 from .state import State
 
 __all__ = [
+    "BatchNormKernel",
     "MonteCarlo",
     "NNGPKernel",
     "NTKKernel",
@@ -29,6 +32,7 @@ __all__ = [
     "SharedNoise",
     "State",
     "Weighted",
+    "batchnorm_mlp",
     "convolutional",
     "fully_connected",
     "integrals",

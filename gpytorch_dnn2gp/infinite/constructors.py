@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from .batchnorm import BatchNormKernel
 from .integrals import Dual, dual
 from .kernels import NNGPKernel, NTKKernel
 from .program import Program, Step
@@ -94,6 +95,28 @@ def convolutional(
         layers.append(("global pooling", Pool(tuple(nn.AdaptiveAvgPool1d(1) for _ in range(m)))))
     layers += [("flatten", Flatten()), ("readout", Linear(width=width))]
     return _kernel(kernel)(_chain(layers), weight_variance, bias_variance, input_shape=input_shape, **options)
+
+
+def batchnorm_mlp(
+    depth: int,
+    batches: Tensor | Sequence[Tensor],
+    readout_variance: float | Tensor = 1.0,
+    *,
+    kernel: str = "nngp",
+    **options,
+) -> BatchNormKernel:
+    """A ReLU MLP with batch normalisation: a kernel between whole batches, not between points.
+
+    Args:
+        depth: number of layers of weights, batch normalisation and ReLU, before the readout.
+        batches: the reference batches ``(B_i, d)``, such as ``[train_x, test_x]``.
+        readout_variance: sigma_v^2 of the readout.
+        kernel: "nngp" or "ntk".
+        options: of :class:`BatchNormKernel`.
+    """
+    _require_depth(depth)
+    _kernel(kernel)
+    return BatchNormKernel(depth, batches, readout_variance, ntk=kernel == "ntk", **options)
 
 
 def _require_depth(depth: int) -> None:

@@ -783,7 +783,8 @@ for _kind, _why in {
     nn.TransformerEncoderLayer: _ATTENTION,
     nn.TransformerDecoderLayer: _ATTENTION,
     nn.Transformer: _ATTENTION,
-    nn.modules.batchnorm._BatchNorm: "batch normalisation makes a covariance of whole batches, not of two inputs",
+    nn.modules.batchnorm._BatchNorm: "batch normalisation makes a covariance of whole batches, not of two inputs; "
+    "infinite.batchnorm_mlp has it",
     nn.modules.instancenorm._InstanceNorm: "its statistics, of one channel each, stay random at infinite width",
     nn.modules.pooling._MaxPoolNd: _MAXIMUM,
     nn.modules.pooling._AdaptiveMaxPoolNd: _MAXIMUM,
