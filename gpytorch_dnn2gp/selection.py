@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Comparison", "EvidenceFit", "compare", "fit_evidence", "mlps"]
 
 TUNING = ("online", "after", None)
+OWN_COLUMNS = ("candidate", "fingerprint", "error", "seconds", "evidence", "train_loss", "parameters", "effective")
+OWN_COLUMNS += ("delta", "sigma", "distance")
 _LEAVE_ONE_OUT = (LeaveOneOutPseudoLikelihood, mlls.LeaveOneOutPseudoLikelihood)
 Metric = Callable[[Distribution, Tensor], Tensor]
 
@@ -75,6 +77,9 @@ class Candidate:
             arguments that makes one of these (a net then with initial weights drawn from the comparison's seed).
         loss, prior_precision, groups: of a net, in the place of the comparison's.
         settings: columns of the table, such as ``{"width": 20}``, to plot over.
+
+    Raises:
+        ValueError: for a setting with the name of one of the comparison's own columns.
     """
 
     model: nn.Module | Callable[[], nn.Module]
@@ -82,6 +87,14 @@ class Candidate:
     prior_precision: float | Sequence[float] | Tensor | None = None
     groups: Sequence[str | Sequence[str]] | None = None
     settings: Mapping[str, float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.settings:
+            if name in OWN_COLUMNS or name.startswith(("_", "test_", "setting:")):
+                raise ValueError(
+                    f"A setting is called {name!r}, as one of the comparison's own columns. Call it something else, "
+                    f"such as 'my_{name.lstrip('_').replace('setting:', '')}'."
+                )
 
 
 def mlps(

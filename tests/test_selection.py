@@ -434,3 +434,14 @@ def test_refusals():
 def test_constant_labels_without_tuning():
     (row,) = compare({"net": GRID["1 x 2 Tanh"]}, X, torch.ones_like(Y), Gaussian(0.5), tune=None, progress=False).rows
     assert np.isfinite(row["evidence"])
+
+
+@pytest.mark.parametrize("name", ["evidence", "delta", "test_nll", "_settings"])
+def test_settings_are_not_called_as_own_columns(name):
+    with pytest.raises(ValueError, match="own columns"):
+        Candidate(mlp(), settings={name: 1.0})
+
+
+def test_own_columns_are_all_known(comparison):
+    own = {name for row in comparison.rows for name in row if name not in row["_settings"]}
+    assert {name for name in own if not name.startswith(("_", "test_"))} <= set(selection.OWN_COLUMNS)
