@@ -32,6 +32,7 @@ from .optim import GaussNewton
 from .weights import weight_groups
 
 METHODS = ("adam", "lbfgs")
+MAX_SETTLING = 10  # times that weights and hyperparameters are fitted in turn after the rounds
 Callback = Callable[[int], None]
 
 
@@ -608,15 +609,18 @@ def train_with_evidence(
     """Train ``net`` in place, and choose delta and sigma by the Laplace evidence on the way (Immer et al. 2021).
 
     In turn: ``every`` evaluations or epochs of training at the present delta and sigma, then ``evidence_iterations``
-    steps on them at the present weights. The round of the largest evidence is kept. By L-BFGS the net is then trained
-    on at that round's delta and sigma until it is stationary, so that, unlike after :func:`fit_evidence` alone, the
-    weights belong to the hyperparameters; by Adam it has the weights of that round. (The evidence often falls again
-    when the rounds go on: the weights are trained for the fit alone, not for the log-determinant.)
+    steps on them at the present weights. The round of the largest evidence is kept; by Adam the net has the weights of
+    that round. By L-BFGS it is trained on at that round's delta and sigma until it is stationary, so that, unlike after
+    :func:`fit_evidence` alone, the weights belong to the hyperparameters; these are then chosen again and the net is
+    trained on at them, for as long as the evidence of the stationary nets grows (which is long where there is little
+    noise). (The evidence often falls again when the rounds go on: the weights are trained for the fit alone, not for
+    the log-determinant.)
 
     Args:
         net, x, y, loss, method, lr, batch_size, generator, gradient_tolerance: as in :func:`fit`.
         prior_precision, groups: initial values, as in :class:`LaplaceGP`.
-        max_iterations: evaluations of L-BFGS, or epochs of Adam, in all rounds; as many again for L-BFGS's end.
+        max_iterations: evaluations of L-BFGS, or epochs of Adam, in all rounds; as many again for each time that
+            L-BFGS trains on at the end.
         every: evaluations or epochs of one round.
         burn_in: evaluations or epochs before the first look at the evidence.
         evidence_iterations, fit_noise, block_size: as ``max_iterations`` and the others in :func:`fit_evidence`.
@@ -646,6 +650,7 @@ def train_with_evidence(
             net.eval()
             return LaplaceGP(net, x, y, problem.loss, problem.delta, groups, progress=False, **options)
 
+        how = {"fit_noise": fit_noise, "max_iterations": evidence_iterations, "block_size": block_size}
         epochs = _adam_epochs(problem, max_iterations, lr, batch_size, generator)
         rounds = 1 + (max_iterations - burn_in - every) // every
         for number in tiling.progress(range(rounds), "Training with evidence", progress, unit=" rounds"):
@@ -656,7 +661,6 @@ def train_with_evidence(
                 for _ in range(length):
                     next(epochs)
             gp = gp_here()
-            how = {"fit_noise": fit_noise, "max_iterations": evidence_iterations, "block_size": block_size}
             history.append(fit_evidence(gp, **how, generator=generator, warn=False, progress=False))
             problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
             if best is None or history[-1].evidence_after > history[best[0]].evidence_after:
@@ -669,12 +673,18 @@ def train_with_evidence(
         evidence = history[number].evidence_after
         if method == "lbfgs":
             _assign(problem.weights, w)
-            problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
-            _lbfgs(problem, max_iterations, gradient_tolerance, False)
-            best = number, gp_here(), _flat(problem.weights).detach().clone()
-            with torch.no_grad():
-                end = best[1].log_evidence() if block_size is None else BlockEvidence(best[1], block_size).bound()
-            evidence = float(end)
+            evidence = -np.inf
+            for _ in range(MAX_SETTLING):
+                problem.delta, problem.loss = gp.prior_precision.detach(), _detached(gp.loss)
+                _lbfgs(problem, max_iterations, gradient_tolerance, False)
+                gp = gp_here()
+                with torch.no_grad():
+                    end = gp.log_evidence() if block_size is None else BlockEvidence(gp, block_size).bound()
+                if float(end) < evidence + 0.01:
+                    break
+                best, evidence = (number, gp, _flat(problem.weights).detach().clone()), float(end)
+                gp = gp_here()
+                fit_evidence(gp, **how, generator=generator, warn=False, progress=False)
         return EvidenceTraining(best[1], evidence, history, number)
     finally:
         if best is not None:

@@ -1,11 +1,23 @@
 """Benchmarks, small: they start, their contenders agree, and they end."""
 
 import csv
+import importlib
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of the benchmarks as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 def test_grams(tmp_path):
@@ -30,3 +42,72 @@ def test_infinite_width(tmp_path):
     rows = [line.split() for line in run.stdout.splitlines() if " float32 " in line or " float64 " in line]
     assert len(rows) == 16
     assert all(float(row[-3]) > 0 and row[-2:] == ["-", "-"] for row in rows)
+
+
+def test_tables_resume(script, tmp_path, capsys):
+    tables = script("tables")
+    jobs = [{"set": "a", "split": number} for number in range(3)]
+    done = []
+
+    def work(job):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(job["split"])
+        return {"nll": 0.5 + job["split"], "cpu_seconds": 7.0}
+
+    def table():
+        return tables.Table(tmp_path / "results" / "t.csv", ("set", "split"), ("nll", "cpu_seconds"))
+
+    with pytest.raises(KeyboardInterrupt):
+        table().run(jobs, work, lambda job: 100.0)
+    assert "0 of 3 jobs are there; the others should take about 5 min" in capsys.readouterr().out
+    resumed = table()
+    assert resumed.values("nll", set="a").tolist() == [0.5, 1.5]
+    done.clear()
+    resumed.run(jobs, work, lambda job: 100.0)
+    assert "2 of 3 jobs are there; the others should take about 7 s" in capsys.readouterr().out
+    assert done == [2]
+    assert table().values("nll", split=2).tolist() == [2.5]
+    with pytest.raises(ValueError, match="other columns"):
+        tables.Table(tmp_path / "results" / "t.csv", ("set",), ("nll",))
+
+
+def test_tables_summaries(script):
+    tables = script("tables")
+    assert tables.mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / math.sqrt(3)))
+    assert tables.shown([1.0, 2.0, 3.0], 2) == "2.00 ± 0.58"
+    assert tables.shown([2.0], 2) == "2.00" and tables.shown([]) == "–"
+    assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    ranks, p = tables.ranks(np.array([[1.0, 2.0, 3.0]] * 6))
+    assert ranks.tolist() == [1.0, 2.0, 3.0] and p < 0.01
+    mean, error, p = tables.paired(np.arange(10) + 1.0, np.arange(10) + 0.9 - 0.01 * np.arange(10))
+    assert mean == pytest.approx(0.145) and error > 0 and p < 0.01
+
+
+def test_tables_say_that_data_are_missing(script):
+    with pytest.raises(FileNotFoundError, match="pass --data FOLDER"):
+        script("tables").uci(None, "yacht", 0)
+
+
+def test_uci_evidence(script, tmp_path, monkeypatch, capsys):
+    uci = script("uci_evidence")
+    monkeypatch.setattr(uci, "EVALUATIONS", 60)
+    monkeypatch.setattr(uci, "GRID", [0.1, 10.0])
+    methods = ["post hoc", "layerwise", "cv", "rbf"]
+    command = ["uci_evidence.py", "--results", str(tmp_path), "--sets", "diabetes", "--splits", "1", "--methods"]
+    monkeypatch.setattr(sys, "argv", [*command, *methods])
+    uci.main()
+    rows = uci.Table(tmp_path / "uci_evidence.csv", uci.KEY, uci.COLUMNS).rows
+    assert [row["method"] for row in rows] == methods
+    for row in rows:  # the labels have a standard deviation of 77
+        assert 4.5 < float(row["nll"]) < 8 and 40 < float(row["rmse"]) < 110 and float(row["coverage"]) > 0.7, row
+    assert "| diabetes (1) |" in capsys.readouterr().out
+
+
+def test_conditioning(script, monkeypatch):
+    study = script("conditioning")
+    monkeypatch.setitem(study.OPTIONS, "max_iterations", 100)
+    split = study.data(None, "diabetes", 0)
+    found = study.study(split, width=5)
+    assert found["rows"] == 398
+    assert all(0.5 < found[f"nll {stage}"] < 3 for stage in study.STAGES), found

@@ -207,6 +207,22 @@ def test_train_with_evidence_ends_in_agreement():
     assert gradient_norm(net, X, Y, gp.loss, float(gp.prior_precision.detach())) < 1.1e-4
 
 
+def test_train_with_evidence_settles_where_there_is_little_noise(monkeypatch):
+    """A few short rounds leave sigma far too large; weights and hyperparameters in turn mend it."""
+    y = torch.sin(2 * X[:, :1]) + 0.001 * Y
+
+    def trained():
+        (net,) = nets(1)
+        return training.train_with_evidence(net, X, y, Gaussian(0.3), 1.0, max_iterations=200, every=50)
+
+    settled = trained()
+    monkeypatch.setattr(training, "MAX_SETTLING", 1)
+    once = trained()
+    assert settled.evidence > once.evidence + 1
+    assert settled.gp.noise < 0.8 * once.gp.noise
+    assert_close(torch.tensor(settled.evidence, dtype=F64), settled.gp.log_evidence())
+
+
 def test_train_with_evidence_of_classes_by_layer():
     y = (X[:, 0] + X[:, 1] > 0).long()
     net = randomized(mlp(num_outputs=2), 0)
