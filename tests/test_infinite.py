@@ -16,8 +16,7 @@ from linear_operator.utils.errors import NanError
 from torch import nn
 
 from gpytorch_dnn2gp import Linearization, infinite
-from gpytorch_dnn2gp.infinite import integrals
-from gpytorch_dnn2gp.infinite import program as programs
+from gpytorch_dnn2gp.infinite import integrals, matrix
 from gpytorch_dnn2gp.losses import Gaussian
 from gpytorch_dnn2gp.selection import Candidate, compare
 
@@ -97,7 +96,7 @@ def test_tiles_halves_and_diagonal_agree(kind, make, monkeypatch):
     torch.testing.assert_close(kernel(x, diag=True), whole.diagonal(), rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(kernel(x[:5], x[5:10], diag=True), whole[:5, 5:10].diagonal(), rtol=1e-7, atol=1e-10)
     for size in (1, 7, 30):
-        monkeypatch.setitem(programs.TILE_BYTES, "cpu", 8 * size)
+        monkeypatch.setitem(matrix.TILE_BYTES, "cpu", 8 * size)
         torch.testing.assert_close(dense(kernel, x), dense(kernel, x).mT, rtol=0, atol=0)
         torch.testing.assert_close(dense(kernel, x), whole, rtol=1e-7, atol=1e-10)
         torch.testing.assert_close(dense(kernel, x[:4], x), whole[:4], rtol=1e-7, atol=1e-10)
@@ -108,7 +107,7 @@ def test_tiles_halves_and_diagonal_agree(kind, make, monkeypatch):
 def test_tiles_of_images_agree(kind, monkeypatch):
     kernel, x = kind(pooled_net(), input_shape=(2, 6, 6)), images(5, 2, 6, 6)
     whole = dense(kernel, x, x.flip(0)).flip(1)
-    monkeypatch.setitem(programs.TILE_BYTES, "cpu", 1)
+    monkeypatch.setitem(matrix.TILE_BYTES, "cpu", 1)
     for K in (dense(kernel, x), kernel(x).to_dense().detach()):
         torch.testing.assert_close(K, whole, rtol=1e-7, atol=0)
     torch.testing.assert_close(kernel(x, diag=True), whole.diagonal(), rtol=1e-7, atol=0)
@@ -166,12 +165,9 @@ def test_gradients_in_hyperparameters(kind, activation):
     kernel = kernel_of(kind, 2, activation, [1.3, 0.8, 2.0], [0.2, 0.1, 0.4])
 
     def covariance(w, b):
-        return torch.stack(
-            [
-                programs.covariance(kernel.program, SPECIAL, None, w, b, ntk=kernel._ntk),
-                programs.covariance(kernel.program, SPECIAL, -SPECIAL, w, b, ntk=kernel._ntk),
-            ]
-        )
+        hyper = {"weight_variance": w, "bias_variance": b}
+        others = (None, -SPECIAL)
+        return torch.stack([matrix.covariance(kernel.program, SPECIAL, x, hyper, ntk=kernel._ntk) for x in others])
 
     w, b = (v.detach().clone().requires_grad_() for v in (kernel.weight_variance, kernel.bias_variance))
     assert torch.autograd.gradcheck(covariance, (w, b), atol=1e-5, rtol=1e-4)
@@ -182,7 +178,7 @@ def test_gradients_through_many_tiles_are_those_of_one(monkeypatch):
     net, x = pooled_net(), images(4, 2, 6, 6)
     gradients = []
     for size in (1, 2**20):
-        monkeypatch.setitem(programs.TILE_BYTES, "cpu", size)
+        monkeypatch.setitem(matrix.TILE_BYTES, "cpu", size)
         kernel, z = infinite.NTKKernel(net, input_shape=(2, 6, 6)), x.clone().requires_grad_()
         (kernel(z).to_dense() * torch.arange(16, dtype=F64).view(4, 4)).sum().backward()
         gradients.append([z.grad, *(p.grad for p in kernel.parameters())])

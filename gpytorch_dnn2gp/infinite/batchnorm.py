@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import tiling
 from ..numerics import in_plain_mode, require_finite, require_like, require_positive
+from .hyperparameters import _Getter, _same_inputs, _Setter, positive
 from .integrals import Rectifier, safe_inverse, safe_sqrt
-from .kernels import _Getter, _same_inputs, _Setter, positive
 
 _RELU = Rectifier()
 _NEGLIGIBLE = 39.0  # e^-39 = 1e-17

@@ -1,8 +1,6 @@
-"""From an ``nn.Module`` to a program of layers, and from a program and inputs to a covariance matrix.
+"""From an ``nn.Module`` to a program of layers.
 
-:func:`program_of` traces the module with ``torch.fx`` and finds a rule for each step. :func:`covariance` runs the
-program twice (see state.py): each input with itself, then tiles of all pairs, so small that a tile stays in the
-processor's cache from the first layer to the last.
+:func:`program_of` traces the module with ``torch.fx`` and finds a rule for each step. matrix.py runs the program.
 """
 
 from __future__ import annotations
@@ -14,15 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
-from .. import tiling
-from .integrals import TOO_LARGE, VarianceOverflow
+from ..numerics import require_finite
+from .integrals import VarianceOverflow
+from .matrix import Recursion
 from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Dropout, Layer, Norm, Weighted
-from .state import Across, Features, Run, State, Within
-
-# Of one tile: few enough for the processor's cache, many enough for torch's cost per call.
-TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
+from .state import Features, Run, State, Within
 
 HOW_TO_ADD = (
     "A rule of your own takes a few lines: @infinite.rule({kind}), then a function of the {what} that returns a "
@@ -54,7 +49,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Recursion):
     """A net at infinite width.
 
     Attributes:
@@ -77,6 +72,32 @@ class Program:
         object.__setattr__(self, "full", full)
         object.__setattr__(self, "last_use", last_use)
         object.__setattr__(self, "layers", tuple(step.place for step in self.steps if step.index is not None))
+
+    def block(self, x: Features) -> Tensor:
+        """K or T of the output."""
+        return _kernel_of(self(x), x.run.ntk)
+
+    def require_inputs(self, x: Tensor) -> None:
+        """Finite numbers."""
+        require_finite(x, "x", "Remove or impute these rows first.")
+
+    def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
+        """Most entries that any state has for one pair."""
+        sizes = [1]
+
+        class Watched(Program):
+            @staticmethod
+            def _apply(step, inputs, run):
+                out = Program._apply(step, inputs, run)
+                if isinstance(out, State):
+                    sizes.append(out.k.numel() // max(1, x.shape[: x.dim() - len(shape)].numel()))
+                return out
+
+        if x.numel():
+            with torch.no_grad():
+                piece = x.unsqueeze(x.dim() - len(shape))
+                Watched(self.steps)(Features(piece, piece, shape, run))
+        return max(sizes)
 
     def __call__(self, x: Features) -> State | Features:
         """Run all steps."""
@@ -105,8 +126,9 @@ class Program:
     @staticmethod
     def _apply(step: Step, inputs: list[State | Features], run: Run) -> State | Features:
         if step.index is not None:
-            index = step.index if run.weight_variance.shape[-1] > 1 else 0
-            return step.layer(inputs[0], run.weight_variance[..., index], run.bias_variance[..., index])
+            weight, bias = (run.hyper[name] for name in ("weight_variance", "bias_variance"))
+            index = step.index if weight.shape[-1] > 1 else 0
+            return step.layer(inputs[0], weight[..., index], bias[..., index])
         if isinstance(inputs[0], Features) and not isinstance(step.layer, Add | Dropout):
             if step.exact is None:
                 raise ValueError("it acts on the inputs themselves, which its rule does not say how to do.")
@@ -362,138 +384,6 @@ def _without_weights(module: nn.Module, layer: Layer) -> nn.Module | None:
     return None
 
 
-# ---- running
-
-
-def covariance(
-    program: Program,
-    x1: Tensor,
-    x2: Tensor | None,
-    weight_variance: Tensor,
-    bias_variance: Tensor,
-    *,
-    input_shape: tuple[int, ...] | None = None,
-    ntk: str | None = None,
-    dropout: bool = False,
-    progress: bool | None = None,
-) -> Tensor:
-    """NNGP or NTK of all pairs, ``(*B, n1, n2)``.
-
-    Args:
-        program: the net.
-        x1, x2: inputs ``(*B, n, d)``; ``x2=None`` means ``x1``, and half the work.
-        weight_variance, bias_variance: sigma_w^2 and sigma_b^2, ``(*B, 1)`` or ``(*B, L)``.
-        input_shape: of one input; ``(d,)`` by default.
-        ntk: None for the NNGP, else "ntk" or "standard".
-        dropout: whether masks are drawn.
-        progress: True, False, or None for a bar on terminals only.
-    """
-    symmetric = x2 is None
-    n1, n2 = x1.shape[-2], (x1 if symmetric else x2).shape[-2]
-    batch = x1.shape[:-2]
-    if n1 * n2 == 0:
-        return x1.new_zeros(*batch, n1, n2)
-    tiling.require_memory(
-        batch.numel() * n1 * n2,
-        x1.dtype,
-        x1.device,
-        f"The kernel matrix ({' x '.join(map(str, (*batch, n1, n2)))})",
-        "Take fewer points at once.",
-    )
-    shape = input_shape or (x1.shape[-1],)
-    options = {"weight_variance": weight_variance, "bias_variance": bias_variance, "ntk": ntk, "dropout": dropout}
-    x1 = x1.unflatten(-1, shape)
-    x2 = x1 if symmetric else x2.unflatten(-1, shape)
-    sides = (x1,) if symmetric else (x1, x2)
-    diagonal, points, area = _within(program, sides, shape, options)
-
-    def tile(rows: slice, columns: slice) -> Tensor:
-        second = columns if symmetric else slice(n1 + columns.start, n1 + columns.stop)
-        run = Across(**options, points=points, rows=rows, columns=second)
-        a, b = (u.narrow(len(batch), s.start, s.stop - s.start) for u, s in ((x1, rows), (x2, columns)))
-        return _kernel_of(program(Features(a, b, shape, run)), ntk)
-
-    pair_bytes = x1.element_size() * area * max(1, batch.numel())
-    tiles = _tiles(n1, n2, max(1, TILE_BYTES.get(x1.device.type, 2**28) // pair_bytes), symmetric)
-    tensors = (*sides, weight_variance, bias_variance)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
-    if recorded:
-        return _assembled(
-            [_tile_again(tile, *at, len(tiles)) for at in bar], tiles, n1, n2, diagonal if symmetric else None
-        )
-    out = x1.new_empty(*batch, n1, n2)
-    for rows, columns in bar:
-        block = tile(rows, columns)
-        if symmetric and columns.start == rows.start:  # the two halves of its square differ by rounding
-            square = block[..., : rows.stop - rows.start]
-            square.copy_(square.triu() + square.triu(1).mT)
-        out[..., rows, columns] = block
-        if symmetric:
-            out[..., columns, rows] = block.mT
-    if symmetric:
-        out.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    return out
-
-
-def variances(program: Program, x: Tensor, weight_variance: Tensor, bias_variance: Tensor, **options) -> Tensor:
-    """The diagonal of :func:`covariance`, ``(*B, n)``, at the cost of n pairs."""
-    if x.shape[-2] == 0:
-        return x.new_zeros(x.shape[:-1])
-    shape = options.pop("input_shape") or (x.shape[-1],)
-    options = {"weight_variance": weight_variance, "bias_variance": bias_variance, **options}
-    return _within(program, (x.unflatten(-1, shape),), shape, options)[0]
-
-
-def _within(
-    program: Program, sides: tuple[Tensor, ...], shape: tuple[int, ...], options: dict
-) -> tuple[Tensor, dict, int]:
-    """Variances of the outputs, what the layers prepared of theirs, and the largest number of entries of one pair.
-
-    All inputs one after another, those of the first side before those of the second.
-    """
-    x = sides[0]
-    axis = x.dim() - len(shape) - 1
-    batch = x.shape[:axis]
-    probe = Within(**options)
-    widest = _widest(program, x.narrow(axis, 0, min(1, x.shape[axis])), shape, probe)
-    per_input = 8 * max(widest, x.shape[axis + 1 :].numel()) * max(1, batch.numel())
-    length = tiling.chunk_length(per_input, x.dtype, x.device)
-    diagonals, recorded = [], []
-    for piece in (piece for side in sides for piece in side.split(length, axis)):
-        run = Within(**options)
-        piece = piece.unsqueeze(axis + 1)
-        state = program(Features(piece, piece, shape, run))
-        diagonals.append(_kernel_of(state, options["ntk"])[..., 0, 0])
-        recorded.append(run.recorded)
-        if not diagonals[-1].isfinite().all():
-            raise VarianceOverflow(f"The variance of an output is beyond {x.dtype}: {TOO_LARGE}")
-    points = {}
-    for node, (_, prepare, m) in recorded[0].items():
-        variance = torch.cat([r[node][0] for r in recorded], -m - 1)
-        points[node] = prepare(variance), m
-    return torch.cat(diagonals, -1), points, widest
-
-
-def _widest(program: Program, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
-    """Most entries that any state has for one pair."""
-    sizes = [1]
-
-    class Watched(Program):
-        @staticmethod
-        def _apply(step, inputs, run):
-            out = Program._apply(step, inputs, run)
-            if isinstance(out, State):
-                sizes.append(out.k.numel() // max(1, x.shape[: x.dim() - len(shape)].numel()))
-            return out
-
-    if x.numel():
-        with torch.no_grad():
-            piece = x.unsqueeze(x.dim() - len(shape))
-            Watched(program.steps)(Features(piece, piece, shape, run))
-    return max(sizes)
-
-
 def _kernel_of(out: State | Features, ntk: str | None) -> Tensor:
     if not isinstance(out, State) or not out.gaussian:
         raise ValueError(
@@ -508,38 +398,3 @@ def _kernel_of(out: State | Features, ntk: str | None) -> Tensor:
             )
     k = out.k if ntk is None else out.t
     return k.flatten(k.dim() - len(out.positions)).squeeze(-1) if out.positions else k
-
-
-def _tiles(n1: int, n2: int, pairs: int, symmetric: bool) -> list[tuple[slice, slice]]:
-    """Slices of rows and columns of at most ``pairs`` pairs each; for a symmetric matrix those of its upper half."""
-    tiles, start = [], 0
-    while start < n1:
-        first = start if symmetric else 0
-        height = max(1, min(pairs // max(1, n2 - first), n1 - start))
-        rows = slice(start, start + height)
-        for part in tiling.chunks(n2 - first, max(1, pairs // height)):
-            tiles.append((rows, slice(first + part.start, first + part.stop)))
-        start += height
-    return tiles
-
-
-def _tile_again(tile: Callable[[slice, slice], Tensor], rows: slice, columns: slice, num_tiles: int) -> Tensor:
-    """A tile whose gradient computes it again, so that no layer of any other tile has to be kept."""
-    if num_tiles == 1:
-        return tile(rows, columns)
-    return checkpoint(tile, rows, columns, use_reentrant=False, preserve_rng_state=False)
-
-
-def _assembled(blocks: list[Tensor], tiles: list, n1: int, n2: int, diagonal: Tensor | None) -> Tensor:
-    """One matrix of its tiles, differentiably."""
-    rows: dict[int, list[Tensor]] = {}
-    for block, (at, columns) in zip(blocks, tiles):
-        row = rows.setdefault(at.start, [])
-        if not row and columns.start:
-            row.append(block.new_zeros(*block.shape[:-1], columns.start))
-        row.append(block)
-    matrix = torch.cat([torch.cat(row, -1) for row in rows.values()], -2)
-    if diagonal is None:
-        return matrix
-    upper = matrix.triu(1)
-    return (upper + upper.mT).diagonal_scatter(diagonal, dim1=-2, dim2=-1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -103,7 +103,7 @@ class State:
             )
         t, prepare = None, functools.partial(dual.points, derivative=self.t is not None)
         if self.run.within and not self.full:
-            variance = self.run.record(self, prepare)
+            variance = self.run.record(self.variance(), prepare, self.num_position_axes)
             k = dual.variance(variance).view_as(self.k)
             if self.t is not None:
                 t = dual.variance_of_derivative(variance).view_as(self.t) * self.t
@@ -188,15 +188,14 @@ class Run:
     """One pass through the net.
 
     Attributes:
-        weight_variance, bias_variance: ``(*B, L)``, L layers with weights.
+        hyper: hyperparameters by name, such as ``weight_variance``, ``(*B, count)``.
         ntk: None, or the parameterisation: "ntk" or "standard".
         dropout: whether masks are drawn.
         node: where it is.
         full: whether all pairs of positions are wanted there.
     """
 
-    weight_variance: Tensor
-    bias_variance: Tensor
+    hyper: dict[str, Tensor]
     ntk: str | None = None
     dropout: bool = False
     node: str = ""
@@ -215,16 +214,15 @@ class Within(Run):
     recorded: dict[str, tuple[Tensor, Callable[[Tensor], Points], int]] = field(default_factory=dict)
     within = True
 
-    def record(self, state: State, prepare: Callable[[Tensor], Points]) -> Tensor:
-        """Keep the variances for :class:`Across`, with what is to be made of them."""
-        variance = state.variance()
-        self.recorded[self.node] = variance, prepare, state.num_position_axes
+    def record(self, variance: Tensor, prepare: Callable[[Tensor], Points], num_axes: int) -> Tensor:
+        """Keep variances ``(*B, n, *S)``, S of ``num_axes`` axes, for :class:`Across`, and what to make of them."""
+        self.recorded[self.node] = variance, prepare, num_axes
         return variance
 
     def sides(self, state: State, prepare: Callable[[Tensor], Points]) -> tuple[Points, Points]:
         """What ``prepare`` makes of the variances, for the first and the second of each pair, to broadcast."""
         m = state.num_position_axes
-        points = [p.unsqueeze(-m - 1) for p in prepare(self.record(state, prepare))]
+        points = [p.unsqueeze(-m - 1) for p in prepare(self.record(state.variance(), prepare, m))]
         return _spread(points, state, 1), _spread(points, state, 2)
 
 
@@ -243,18 +241,19 @@ class Across(Run):
 
     def sides(self, state: State, prepare: Callable[[Tensor], Points]) -> tuple[Points, Points]:
         """As :meth:`Within.sides`."""
+        return tuple(_spread(points, state, i + 1) for i, points in enumerate(self.taken()))
+
+    def taken(self) -> tuple[Points, Points]:
+        """What was prepared of the rows and of the columns, ``(..., n1, *S)`` and ``(..., n2, *S)``."""
         points, m = self.points[self.node]
-        return tuple(
-            _spread([_narrow(p, -m - 1, part) for p in points], state, side)
-            for side, part in ((1, self.rows), (2, self.columns))
-        )
+        return tuple(tuple(_narrow(p, -m - 1, part) for p in points) for part in (self.rows, self.columns))
 
 
 def _narrow(p: Tensor, axis: int, part: slice) -> Tensor:
     return p.narrow(axis, part.start, part.stop - part.start)
 
 
-def _spread(points: list[Tensor], state: State, side: int) -> Points:
+def _spread(points: Sequence[Tensor], state: State, side: int) -> Points:
     """``(..., n, *S)`` -> axes that broadcast against pairs, ``(..., n1, n2, *S[, *S])``."""
     m = state.num_position_axes
     spread = []
