@@ -7,6 +7,7 @@
     plot_kernel(kernel, labels)       the kernel matrix, grouped by class
     plot_calibration(ys, labels)      coverage at every level
     plot_evidence(values, evidence)   evidence and errors over a hyperparameter, the chosen values marked
+    plot_trials(settings, evidence)   a search: evidence over its trials, and over each hyperparameter
 
 ``p`` is what ``gp.predict(x)`` returns. Every function draws into ``ax`` (``axes``), by default into new ones, and
 returns what it drew into. Nothing is shown or saved, and no setting of matplotlib is changed: that is the caller's.
@@ -325,6 +326,59 @@ def plot_evidence(
     return ax, right
 
 
+def plot_trials(
+    settings: Mapping[str, Sequence],
+    evidence: Sequence[float],
+    trials: Sequence[int] | None = None,
+    log: Sequence[str] = (),
+    axes: Sequence[Axes] | None = None,
+) -> np.ndarray:
+    """A search: evidence over its trials, with the best so far, and over each hyperparameter; the best is starred.
+
+    Late trials are dark, so that one sees what the search closes in on. Evidences far below the others stand as
+    triangles at the bottom.
+
+    Args:
+        settings: the values of each hyperparameter by name, ``(n,)``; names are spaced evenly.
+        evidence: of each trial, ``(n,)``, in nats.
+        trials: their numbers, 1 to n by default.
+        log: names of the hyperparameters with a logarithmic axis.
+        axes: where to draw, one for the trials and one for each hyperparameter.
+
+    Returns:
+        The axes, ``(1 + number of hyperparameters,)``.
+    """
+    y = np.asarray(evidence, dtype=float)
+    number = np.arange(1, len(y) + 1) if trials is None else np.asarray(trials)
+    for name, values in {"trials": number, **settings}.items():
+        if len(values) != len(y):
+            raise ValueError(f"There are {len(values)} values of {name!r}, but {len(y)} evidences.")
+    axes = _many_axes(axes, 1 + len(settings), 2.4)
+    low, high = np.quantile(y, [0.25, 0.75])
+    floor = min(low - 3 * (high - low), np.median(y)) - 1e-9 * abs(low)
+    far, best = y < floor, int(np.argmax(y))
+    bottom = y[~far].min() - 0.05 * np.ptp(y[~far]) if far.any() else None
+    for ax, (name, values) in zip(axes, {"trial": number, **settings}.items()):
+        x = np.asarray(values)
+        if x.dtype.kind not in "iuf":
+            names, x = np.unique(x.astype(str), return_inverse=True)
+            ax.set_xticks(np.arange(len(names)), names)
+            ax.set_xlim(-0.5, len(names) - 0.5)
+        shape = {"c": number, "cmap": "Blues", "vmin": 1 - 0.5 * len(y), "edgecolors": EPISTEMIC, "linewidths": 0.6}
+        ax.scatter(x[~far], y[~far], s=24, **{**shape, "c": number[~far]}, vmax=number.max())
+        if far.any():
+            ax.scatter(
+                x[far], np.full(far.sum(), bottom), s=24, marker="v", **{**shape, "c": number[far]}, vmax=number.max()
+            )
+        ax.plot(x[best], y[best], "*", color="black", markersize=13, markeredgecolor="white", zorder=5)
+        ax.set_xlabel(name)
+        if name in log:
+            ax.set_xscale("log")
+    axes[0].step(number, np.maximum.accumulate(np.where(far, y[~far].min(), y)), where="post", color=EPISTEMIC)
+    axes[0].set_ylabel("log evidence (nats)")
+    return axes
+
+
 def _draw_curve(ax: Axes, x: np.ndarray, curve, color: str, style: str, label: str, best) -> None:
     """Mean over runs with a band of its standard error; a star at the ``best`` place."""
     runs = np.atleast_2d(np.asarray(_array(curve) if isinstance(curve, Tensor) else curve, dtype=float))
@@ -382,12 +436,13 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.subplots()[1]
 
 
-def _many_axes(axes: Sequence[Axes] | None, m: int) -> np.ndarray:
+def _many_axes(axes: Sequence[Axes] | None, m: int, width: float = 1.6) -> np.ndarray:
     if axes is None:
         import matplotlib.pyplot as plt
 
-        return plt.subplots(1, m, sharey=True, squeeze=False, figsize=(1.6 * m + 0.5, 3.0), layout="constrained")[1][0]
+        options = {"sharey": True, "squeeze": False, "layout": "constrained"}
+        return plt.subplots(1, m, figsize=(width * m + 0.5, 3.0), **options)[1][0]
     axes = np.asarray(axes, dtype=object).reshape(-1)
     if len(axes) != m:
-        raise ValueError(f"There are {len(axes)} axes for {m} examples.")
+        raise ValueError(f"There are {len(axes)} axes; needed are {m}.")
     return axes

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from . import metrics, mlls, plotting, tiling, training
-from .gp import LaplaceGP
+from .gp import LaplaceGP, NetworkGP
 from .losses import Gaussian, Loss
 from .mlls import (
     BlockEvidence,
@@ -136,10 +136,12 @@ class Comparison:
             ``effective`` the number of weights and how many of them the data determine; ``distance`` that of the net
             from a stationary point in posterior standard deviations; None for what a model does not have.
         models: the fitted ``LaplaceGP``, or GPyTorch's model, of each candidate that was run, not read from a file.
+        show_settings: print columns of the settings too, where the candidates' names do not tell them.
     """
 
     rows: list[dict]
     models: dict[str, nn.Module] = field(default_factory=dict)
+    show_settings: bool = False
 
     @property
     def best(self) -> str:
@@ -159,7 +161,9 @@ class Comparison:
     def __str__(self) -> str:
         if not self.rows:
             return "Comparison(no candidates)"
-        hidden = {"candidate", "fingerprint", "error", *(key for row in self.rows for key in row.get("_settings", ()))}
+        hidden = {"candidate", "fingerprint", "error"}
+        if not self.show_settings:
+            hidden |= {key for row in self.rows for key in row.get("_settings", ())}
         columns = [c for c in self._columns() if c not in hidden and any(v is not None for v in self.column(c))]
         failed = all(row.get("error") for row in self.rows)
         best = None if failed else self.best
@@ -249,7 +253,7 @@ class Comparison:
             for column, text in zip(lines[0], line, strict=True):
                 setting = column.startswith("setting:")
                 name = column.removeprefix("setting:")
-                row[name] = text if name in ("candidate", "fingerprint", "error") else _read(text)
+                row[name] = text if name in ("candidate", "fingerprint", "error") else read_number(text)
                 if setting:
                     row.setdefault("_settings", []).append(name)
             rows.append(row)
@@ -260,7 +264,8 @@ def _written(value) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _read(text: str):
+def read_number(text: str) -> int | float | str | None:
+    """An entry of a CSV as the number it is written for, if it is one; None if it is empty."""
     if text == "":
         return None
     for kind in (int, float):
@@ -560,7 +565,7 @@ class _Task:
         shared = [self.x, self.y, self.test_x, self.test_y, self.tune, self.kind, self.restarts, self.seed]
         shared += [self.test_metrics, self.train_options, self.gp_options]
         own = [self.make(candidate), self.loss_of(candidate), *self.prior_of(candidate)]
-        return f"{_digest(shared)}-{_digest(own)}"
+        return f"{digest(shared)}-{digest(own)}"
 
 
 def _trained(net: nn.Module) -> list[nn.Module]:
@@ -575,7 +580,7 @@ def _trained(net: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def _digest(item: object) -> str:
+def digest(item: object) -> str:
     """The same in every process for the same content: 16 digits."""
     digest = hashlib.sha256()
     for piece in _pieces(item):
@@ -661,14 +666,17 @@ def _run_net(task: _Task, candidate: Candidate) -> tuple[LaplaceGP, dict]:
             y = gp.predict(task.test_x).y
             labels = gp.loss.check_labels(task.test_y, f.shape[-1], len(task.test_x), f.dtype, f.device)
             scores |= _test_scores(y, labels, task.test_metrics)
-    scores |= {
+    return gp, scores | scores_of(gp) | {"distance": gp.stationarity().newton_decrement ** 0.5}
+
+
+def scores_of(gp: NetworkGP) -> dict:
+    """Columns of the table that a network's GP fills: how many weights, how many of them count, delta and sigma."""
+    return {
         "parameters": gp.linearization.num_weights,
         "effective": None if gp.solver == "iterative" else float(effective_parameters(gp).sum()),
         "delta": _summary(gp.prior_precision),
         "sigma": None if gp.noise is None else _summary(gp.noise.sqrt()),
-        "distance": gp.stationarity().newton_decrement ** 0.5,
     }
-    return gp, scores
 
 
 def _repeated(delta: float | Sequence[float] | Tensor, m: int) -> float | Tensor:

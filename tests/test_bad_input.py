@@ -14,8 +14,9 @@ from test_serialization import rewritten
 from torch import nn
 
 import gpytorch_dnn2gp as dnn2gp
-from gpytorch_dnn2gp import optim
+from gpytorch_dnn2gp import bayesopt, optim
 from gpytorch_dnn2gp import weights as weight_module
+from gpytorch_dnn2gp.bayesopt import Choice, Float, Int
 from gpytorch_dnn2gp.jacobians import NetFunction
 from gpytorch_dnn2gp.losses import Bernoulli, Categorical, Gaussian, Poisson, from_callable
 from gpytorch_dnn2gp.tiling import memory_limit
@@ -1232,6 +1233,90 @@ def _(tmp):
 @case("a readout variance of zero")
 def _(tmp):
     dnn2gp.infinite.batchnorm_mlp(1, BATCHES, 0.0)
+
+
+# ---- search
+
+
+def searched(space=None, train_fn=lambda width: 0.0, **options):
+    space = {"width": Int(1, 9)} if space is None else space
+    return bayesopt.search(space, train_fn, trials=6, progress=False, **options)
+
+
+@case("an empty space to search")
+def _(tmp):
+    searched(space={})
+
+
+@case("a space that is a list")
+def _(tmp):
+    searched(space=[3])
+
+
+@case("a setting that is a number")
+def _(tmp):
+    searched(space={"width": 3})
+
+
+@case("a setting called as a column of the table")
+def _(tmp):
+    searched(space={"evidence": Int(1, 2)})
+
+
+@case("reversed bounds of a setting")
+def _(tmp):
+    searched(space={"width": Float(2, 1)})
+
+
+@case("infinite bounds of a setting")
+def _(tmp):
+    searched(space={"width": Float(0, float("inf"))})
+
+
+@case("a logarithmic scale from zero")
+def _(tmp):
+    searched(space={"width": Float(0, 1, log=True)})
+
+
+@case("a fraction as bound of whole numbers")
+def _(tmp):
+    searched(space={"width": Int(1, 2.5)})
+
+
+@case("a choice of one")
+def _(tmp):
+    searched(space={"width": Choice("a")})
+
+
+@case("two choices of one name")
+def _(tmp):
+    searched(space={"width": Choice("1", 1)})
+
+
+@case("a train_fn that does not take the settings")
+def _(tmp):
+    searched(space={"depth": Int(1, 2)})
+
+
+@case("a search that starts outside of its space")
+def _(tmp):
+    searched(start=[{"width": 10}])
+
+
+@case("a train_fn that returns no evidence")
+def _(tmp):
+    searched(train_fn=lambda width: None)
+
+
+@case("a search in which nothing works")
+def _(tmp):
+    searched(train_fn=lambda width: 1 / 0)
+
+
+@case("a search resumed with another space")
+def _(tmp):
+    searched(file=tmp / "table.csv")
+    searched({"width": Int(1, 8)}, file=tmp / "table.csv")
 
 
 # ---- the table

@@ -256,7 +256,7 @@ def test_mistakes_are_named(numbers, classes, kernel):
         plotting.plot_predictions(numbers, level=95)
     with pytest.raises(ValueError, match="class probabilities"):
         plotting.plot_probabilities(numbers)
-    with pytest.raises(ValueError, match="2 axes for 3 examples"):
+    with pytest.raises(ValueError, match="There are 2 axes; needed are 3"):
         plotting.plot_probabilities(classes, axes=plt.subplots(1, 2)[1])
     with pytest.raises(ValueError, match="pass x="):
         plotting.plot_kernel(kernel)
