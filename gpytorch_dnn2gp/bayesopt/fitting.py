@@ -6,7 +6,9 @@ g is integrated out. With ``C = K_r (x) I + sigma^2 I`` and ``r = y - f`` at the
 
     weights           min  r^T C^-1 r / 2 + |w|_delta^2 / 2                      |w|_delta^2 = sum_g delta_g |w_g|^2
     hyperparameters   max  log N(r; 0, C) - |w|_delta^2 / 2 - log|I + C^-1 k| / 2 + log p(hyperparameters)
-                        =  - (r^T C^-1 r + |w|_delta^2 + log|C + k| + n K log 2 pi) / 2 + ...,   k = sum_g J_g J_g^T / delta_g
+                        =  - (r^T C^-1 r + |w|_delta^2 + log|C + k| + n K log 2 pi) / 2 + ...
+
+with ``k = sum_g J_g J_g^T / delta_g``.
 
 The second is the Laplace evidence, a sum over matrices of all M nets at once, and where the weights are stationary it
 is the GP's: ``log N(y; f - J w, C + k)``. Broad priors keep it proper with one example, or constant targets.
@@ -25,12 +27,13 @@ import gpytorch
 import torch
 from gpytorch.constraints import Interval
 from gpytorch.kernels import Kernel
+from gpytorch.priors import LogNormalPrior
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, vjp, vmap
 
 from .. import tiling
 from ..gp import LaplaceGP
-from ..jacobians import NetFunction
+from ..jacobians import UNSUPPORTED, NetFunction
 from ..linearize import Linearization, select_parameters
 from ..losses import Loss
 from ..mlls import fit_evidence
@@ -90,7 +93,7 @@ class _Centered(nn.Module):
 
 
 def restarts(net: nn.Module, number: int, generator: torch.Generator | None = None) -> list[nn.Module]:
-    """Copies of ``net`` with initial weights of their own, by each layer's ``reset_parameters``; nothing global moves."""
+    """Copies of ``net`` with new initial weights, by each layer's ``reset_parameters``; nothing global moves."""
     nets = []
     seed = int(torch.randint(2**31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
@@ -104,12 +107,17 @@ def restarts(net: nn.Module, number: int, generator: torch.Generator | None = No
     return nets
 
 
-def initial_precision(net: nn.Module, names: Sequence[str]) -> Tensor:
-    """One delta for each parameter tensor: the fan-in of a weight, so that layers keep the scale of their inputs."""
+def initial_precision(net: nn.Module, names: Sequence[str], deviation: float = 3.0) -> Tensor:
+    """One delta for each parameter tensor: fan-in / deviation^2 for a weight, so that layers keep the scale of inputs.
+
+    With a deviation of one, functions are so tame that a net of few data is best off with no weights at all, where it
+    stays: there every gradient vanishes.
+    """
     parameters = dict(net.named_parameters())
     shapes = [parameters[name].shape for name in names]
     like = parameters[names[0]]
-    return like.new_tensor([shape.numel() / shape[0] if len(shape) > 1 else 1.0 for shape in shapes]).detach()
+    fan_in = like.new_tensor([shape.numel() / shape[0] if len(shape) > 1 else 1.0 for shape in shapes])
+    return (fan_in / deviation**2).detach()
 
 
 # ---- regression: M nets at once
@@ -120,13 +128,14 @@ def fit_regression(
     x: Tensor,
     y: Tensor,
     start: Hyperparameters,
+    first: Hyperparameters | None = None,
     given_noise: Tensor | None = None,
     groups: Sequence[str | Sequence[str]] | None = None,
     params: Sequence[str] | str | None = None,
     rounds: int = 4,
-    evaluations: int = 100,
+    iterations: int = 20,
     evidence_evaluations: int = 20,
-    gradient_tolerance: float = 1e-3,
+    tolerance: float = 1e-4,
     progress: bool | None = False,
 ) -> FittedNet:
     """Train M nets of one shape in place, with hyperparameters of their own, and keep the best.
@@ -136,19 +145,23 @@ def fit_regression(
         x: ``(n, d)``.
         y: ``(n, K)``, of unit scale.
         start: initial hyperparameters; its delta is also the centre of their prior.
+        first: those of the first net, where it comes from an earlier fit.
         given_noise: sigma^2 of each example, ``(n, K)``.
         groups: which weights share a delta; see :class:`LaplaceGP`.
         params: which weights are random, as in :class:`Linearization`; all are trained.
         rounds: of weights and hyperparameters in turn.
-        evaluations: of the objective in a round; the last round has twice as many.
-        evidence_evaluations: the same of the evidence.
-        gradient_tolerance: of the gradient of the weights' objective, below which a net is trained.
+        iterations: Gauss-Newton steps of a round; the last round has twice as many.
+        evidence_evaluations: of a round.
+        tolerance: a net is trained when a step improves its objective by less, relatively.
         progress: True, False, or None for a bar on terminals only.
     """
     problem = _Nets(nets, x, y, params, groups, start, given_noise)
     theta = problem.theta(start)
+    if first is not None:
+        theta[0] = problem.theta(first)[0]
     for number in tiling.progress(range(rounds), "Fitting nets", progress, unit=" rounds"):
-        problem.train(theta, evaluations if number < rounds - 1 else 2 * evaluations, gradient_tolerance)
+        alone = torch.arange(len(nets)) % 2 == 1 if number == 0 else None
+        problem.train(theta, iterations if number < rounds - 1 else 2 * iterations, tolerance, alone)
         if number < rounds - 1:
             problem.choose(theta, evidence_evaluations)
     evidence = problem.evidence(theta)
@@ -170,7 +183,7 @@ class _Nets:
         self.w = torch.stack([torch.cat([w.detach().flatten() for w in weights]) for weights in self._weights])
         frozen = copy.deepcopy(nets[0]).eval().requires_grad_(False)
         self._net = frozen
-        self._function = NetFunction(frozen, random)
+        self._function = NetFunction(frozen, self.names)
         sizes = dict(zip(self.names, (s.numel() for s in self._shapes), strict=True))
         self.groups: WeightGroups = weight_groups(
             random, [sizes[name] for name in random], groups, len(start.prior_precision)
@@ -194,7 +207,11 @@ class _Nets:
             parts.append((start.noise.expand(self.num_outputs) - LOWEST_NOISE).clamp(min=1e-8).log())
         row = torch.cat(parts).detach().to(self.w)
         theta = row.expand(len(self.nets), -1).clone()
-        return theta if self._kernel is None else torch.cat([theta, self._kernel.raw().to(theta)], -1)
+        return (
+            theta
+            if self._kernel is None
+            else torch.cat([theta, self._kernel.free_of(start.residual_kernel).to(theta)], -1)
+        )
 
     def _split(self, theta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Delta ``(M, G)``, sigma^2 ``(M, K)`` and the kernel's raw parameters."""
@@ -211,52 +228,112 @@ class _Nets:
 
     def _own_covariance(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """``C``, ``(M, nK, nK)``, and the kernel's log prior, ``(M,)``."""
-        _, noise, raw = self._split(theta)
-        n = len(self.x)
-        diagonal = self.given_noise if noise is None else noise.repeat(1, n)
-        c = torch.diag_embed(diagonal.expand(len(theta), -1))
+        c = self._noise_covariance(theta)
         if self._kernel is None:
             return c, theta.new_zeros(len(theta))
-        k, log_prior = self._kernel(raw, self.x)
+        k, log_prior = self._kernel(self._split(theta)[2], self.x)
         if self.num_outputs > 1:
             k = torch.kron(k, torch.eye(self.num_outputs, dtype=k.dtype, device=k.device))
         return c + k, log_prior
 
+    def _noise_covariance(self, theta: Tensor) -> Tensor:
+        noise = self._split(theta)[1]
+        diagonal = self.given_noise if noise is None else noise.repeat(1, len(self.x))
+        return torch.diag_embed(diagonal.expand(len(theta), -1))
+
     # ---- weights
 
-    def train(self, theta: Tensor, evaluations: int, tolerance: float) -> None:
-        """Weights at fixed hyperparameters."""
-        delta, _, _ = self._split(theta)
-        precision = torch.ones_like(self.w)
-        precision[:, self._random] = delta[:, self.groups.index(self.w.device)]
-        factor = cholesky(self._own_covariance(theta)[0], "The covariance of noise and residual")
-        whitening = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1]).to(factor), upper=False)
+    def train(self, theta: Tensor, iterations: int, tolerance: float, alone: Tensor | None = None) -> None:
+        """Weights at fixed hyperparameters, by Gauss-Newton steps in function space, damped for each net by itself.
 
-        def objective(w: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                w = w.detach().requires_grad_()
-                residual = self.y - self._outputs(w, active)
-                white = torch.einsum("mij,mj->mi", whitening[active], residual)
-                value = 0.5 * (white.square().sum(-1) + (precision[active] * w.square()).sum(-1))
-                (gradient,) = torch.autograd.grad(value.sum(), w)
-            return value.detach(), gradient
+        The linear model about w, with a prior that pulls towards w as well, ``lambda |w' - w|_delta^2 / 2``, is a GP:
 
-        stacked_lbfgs(objective, self.w, evaluations, tolerance, lambda *_: None)
+            w' = (lambda w + S J^T a) / (1 + lambda),   (k / (1 + lambda) + C) a = r + J w / (1 + lambda)
+
+        with ``S = 1 / delta`` and ``k = J S J^T``. A step is taken if the objective falls (Levenberg and Marquardt).
+        The nets of the mask ``alone`` are trained as if there were no residual kernel.
+        """
+        size = 3 * len(self.y) * self.w.shape[-1]
+        for part in tiling.chunks(len(self.w), tiling.rows_that_fit(size, self.w.dtype, self.w.device)):
+            nets = torch.arange(len(self.w), device=self.w.device)[part]
+            self._train_nets(nets, theta, iterations, tolerance, alone)
         self._grams = None
 
-    def _outputs(self, w: Tensor, active: Tensor) -> Tensor:
-        """``(a, nK)``."""
+    def _train_nets(self, nets: Tensor, theta: Tensor, iterations: int, tolerance: float, alone: Tensor | None) -> None:
+        theta, w = theta[nets], self.w[nets]
+        precision = torch.ones_like(w)
+        precision[:, self._random] = self._split(theta)[0][:, self.groups.index(w.device)]
+        c = self._own_covariance(theta)[0]
+        if alone is not None and self._kernel is not None:
+            c[alone[nets]] = self._noise_covariance(theta)[alone[nets]]
+        factor = cholesky(c, "The covariance of noise and residual")
+
+        def objective(w: Tensor, residual: Tensor, a: Tensor) -> Tensor:
+            white = torch.linalg.solve_triangular(factor[a], residual[..., None], upper=False)
+            return 0.5 * (white.square().sum((-2, -1)) + (precision[a] * w.square()).sum(-1))
+
+        a = torch.arange(len(w), device=w.device)  # the nets that are not trained yet
+        damping = torch.ones_like(w[:, 0])
+        residual = self.y - self._outputs(w)
+        value = objective(w, residual, a)
+        rows = self._rows(w)
+        scaled = rows / precision[:, None]
+        k, rows_w = scaled @ rows.mT, (rows @ w[..., None])[..., 0]
+        for _ in range(iterations):
+            more = (1 + damping[a])[:, None]
+            dual_factor = cholesky(k[a] / more[..., None] + c[a], "The covariance of the outcomes")
+            dual = torch.cholesky_solve((residual[a] + rows_w[a] / more)[..., None], dual_factor)
+            trial = (damping[a, None] * w[a] + (scaled[a].mT @ dual)[..., 0]) / more
+            trial_residual = self.y - self._outputs(trial)
+            trial_value = objective(trial, trial_residual, a)
+            fallen = trial_value < value[a]  # False for NaN
+            gained = (value[a] - trial_value) / value[a].abs().clamp(min=1.0)
+            damping[a] = torch.where(fallen, damping[a] / 4, damping[a] * 3).clamp(1e-4, 1e8)
+            b = a[fallen]
+            w[b], residual[b], value[b] = trial[fallen], trial_residual[fallen], trial_value[fallen]
+            a = a[torch.where(fallen, gained > tolerance, damping[a] < 1e6)]
+            b = b[torch.isin(b, a)]
+            if len(a) == 0:
+                break
+            if len(b) > 0:
+                rows[b] = self._rows(w[b])
+                scaled[b] = rows[b] / precision[b, None]
+                k[b], rows_w[b] = scaled[b] @ rows[b].mT, (rows[b] @ w[b, :, None])[..., 0]
+        self.w[nets] = w
+
+    def _outputs(self, w: Tensor) -> Tensor:
+        """``(a, nK)``, for weights ``(a, P)``."""
         if self._stacks and len(w) > 1:
             try:
-                return vmap(self._outputs_of, randomness="error")(w).flatten(1)
-            except RuntimeError:
+                return vmap(self._outputs_of, (0, None))(w, self.x).flatten(1)
+            except UNSUPPORTED:
                 self._stacks = False
-        return torch.stack([self._outputs_of(each).flatten() for each in w])
+        return torch.stack([self._outputs_of(each, self.x).flatten() for each in w])
 
-    def _outputs_of(self, w: Tensor) -> Tensor:
+    def _rows(self, w: Tensor) -> Tensor:
+        """Jacobians in all weights, ``(a, nK, P)``."""
+
+        def one(each: Tensor, x_i: Tensor) -> Tensor:
+            f, pullback = vjp(lambda v: self._outputs_of(v, x_i[None])[0], each)
+            return vmap(lambda row: pullback(row)[0])(torch.eye(len(f), dtype=f.dtype, device=f.device))
+
+        if self._stacks:
+            try:
+                with self._function.differentiable_kernels():
+                    return vmap(vmap(one, (None, 0)), (0, None))(w, self.x).flatten(1, 2)
+            except UNSUPPORTED:
+                self._stacks = False
+        parameters = [dict(self._net.named_parameters())[name] for name in self.names]
+        rows = []
+        for each in w:
+            _assign(parameters, each)
+            rows.append(self._function.jacobian(self.x).flatten(0, 1))
+        return torch.stack(rows)
+
+    def _outputs_of(self, w: Tensor, x: Tensor) -> Tensor:
         pieces = w.split([s.numel() for s in self._shapes])
         state = {name: p.view(s) for name, p, s in zip(self.names, pieces, self._shapes, strict=True)}
-        return functional_call(self._net, state, (self.x,)).reshape(len(self.x), -1)
+        return functional_call(self._net, state, (x,)).reshape(len(x), -1)
 
     def write_back(self) -> None:
         """Put the weights into the nets."""
@@ -268,16 +345,14 @@ class _Nets:
     @torch.no_grad()
     def _linearize(self) -> None:
         """Grams ``(M, G, nK, nK)``, residuals and squared norms by group, at the present weights."""
-        grams, residuals, norms = [], [], []
-        parameters = [dict(self._net.named_parameters())[name] for name in self.names]
-        for row in self.w:
-            _assign(parameters, row)
-            residuals.append(self.y - self._function.outputs(self.x).flatten())
-            rows = self._function.jacobian(self.x).flatten(0, 1)
-            random = row[self._random]
+        self._residuals = self.y - self._outputs(self.w)
+        w = self.w[:, self._random]
+        self._norms = torch.stack([w[:, g].square().sum(-1) for g in self.groups.indices], 1)
+        grams = []
+        for each in self.w:
+            rows = self._rows(each[None])[0][:, self._random]
             grams.append(torch.stack([rows[:, g] @ rows[:, g].mT for g in self.groups.indices]))
-            norms.append(torch.stack([random[g].square().sum() for g in self.groups.indices]))
-        self._grams, self._residuals, self._norms = (torch.stack(part) for part in (grams, residuals, norms))
+        self._grams = torch.stack(grams)
 
     def _log_evidence(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Evidence and log prior of the hyperparameters, ``(M,)`` each, at the weights last linearized at."""
@@ -336,9 +411,9 @@ class _BatchedKernel(nn.Module):
         self._number = number
         self._parameters_of = [(name, p.shape, c) for name, p, c in kernel.named_parameters_and_constraints()]
 
-    def raw(self) -> Tensor:
-        """The kernel's own, for each copy."""
-        values = dict(self.evaluated.kernel.named_parameters())
+    def free_of(self, kernel: Kernel) -> Tensor:
+        """Those of a kernel, for each copy."""
+        values = dict(kernel.named_parameters())
         row = torch.cat([_free(values[name].detach(), c).flatten() for name, _, c in self._parameters_of])
         return row.expand(self._number, -1)
 
@@ -406,21 +481,31 @@ def fit_labels(
     y: Tensor,
     loss: Loss,
     start: Hyperparameters,
+    first: Hyperparameters | None = None,
     groups: Sequence[str | Sequence[str]] | None = None,
     params: Sequence[str] | str | None = None,
     rounds: int = 3,
-    evaluations: int = 200,
+    iterations: int = 200,
     evidence_evaluations: int = 20,
     progress: bool | None = False,
 ) -> FittedNet:
-    """The same for a loss of ``losses`` without noise, such as ``Bernoulli()``: by the Laplace evidence of each net."""
-    deltas = [start.prior_precision] * len(nets)
+    """The same for a loss of ``losses`` without noise, such as ``Bernoulli()``: by the Laplace evidence of each net.
+
+    ``iterations`` are evaluations of L-BFGS; weights that are not random have prior precision one.
+    """
+    deltas = [(start if first is None else first).prior_precision] + [start.prior_precision] * (len(nets) - 1)
     gps: list[LaplaceGP] = []
     every = all(set(select_parameters(net, params)) == set(select_parameters(net, None)) for net in nets)
     for number in tiling.progress(range(rounds), "Fitting nets", progress, unit=" rounds"):
         penalty = torch.stack(deltas) if every else 1.0
-        fit_many(nets, x, y, loss, penalty, groups if every else None, max_iterations=evaluations, progress=False)
+        fit_many(nets, x, y, loss, penalty, groups if every else None, max_iterations=iterations, progress=False)
         gps = [LaplaceGP(Linearization(net, params), x, y, loss, delta, groups) for net, delta in zip(nets, deltas)]
+        for gp in gps:
+            # its mode is where delta began
+            center = start.prior_precision.log() + PRECISION_SPREAD**2
+            gp.covar_module.register_prior(
+                "prior_precision_prior", LogNormalPrior(center, PRECISION_SPREAD), "prior_precision"
+            )
         if number < rounds - 1:
             for gp in gps:
                 fit_evidence(gp, max_iterations=evidence_evaluations, warn=False, progress=False)

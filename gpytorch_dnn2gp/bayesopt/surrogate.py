@@ -9,8 +9,10 @@ of the net), q points jointly, b further batch dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gpytorch
@@ -27,14 +29,16 @@ from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.utils.types import DEFAULT
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.models.gp import GP
 from gpytorch.priors import GammaPrior
 from linear_operator import to_linear_operator
+from linear_operator.operators import DenseLinearOperator
 from torch import Tensor, nn
 
 from ..gp import LaplaceGP
 from ..linearize import Linearization, select_parameters
 from ..losses import Gaussian, Loss
-from ..operators import Covariance
+from ..numerics import NumericalWarning
 from . import fitting
 from .fitting import Hyperparameters
 from .refitting import EVERY_CALL, RefitWhen
@@ -50,7 +54,7 @@ def matern_residual(num_inputs: int) -> Kernel:
     return kernel
 
 
-class DNN2GPModel(GPyTorchModel, FantasizeMixin):
+class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
     """A BoTorch model whose posterior is that of a small net, seen as a Gaussian process.
 
     The net is trained here, from several initial weights at once, with its prior precisions, the noise and the weight
@@ -179,9 +183,15 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin):
         """Train nets on the present data and make the GP of the best."""
         x, y, yvar = self._transformed(learn=True)
         generator = torch.Generator().manual_seed(self.seed)
-        nets = [copy.deepcopy(self._template)]
+        nets, first = [copy.deepcopy(self._template)], None
         if warm:
             nets[0] = _trainable(self.gp.linearization, self._template)
+            noise = self.gp.noise if self._train_Yvar is None else None
+            first = Hyperparameters(
+                self.gp.prior_precision.detach(),
+                None if noise is None else noise.detach(),
+                copy.deepcopy(self.gp.residual_kernel),
+            )
         nets += fitting.restarts(self._template, self.restarts - 1, generator)
         random = select_parameters(self._template, self.params)
         start = Hyperparameters(
@@ -191,7 +201,8 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin):
         )
         if self.groups is not None:
             start.prior_precision = y.new_ones(len(self.groups))
-        common = {"groups": self.groups, "params": self.params, "progress": self.progress, **self.fit_options}
+        common = {"first": first, "groups": self.groups, "params": self.params, "progress": self.progress}
+        common |= self.fit_options
         if self.loss is None or isinstance(self.loss, Gaussian):
             noise = None if yvar is None else yvar.clamp(min=fitting.LOWEST_NOISE)
             fitted = fitting.fit_regression(nets, x, y, start, given_noise=noise, **common)
@@ -217,7 +228,18 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin):
     @torch.no_grad()
     def _evidence_per_point(self) -> float:
         kind = "laplace" if self.gp.noise is None else "gp"
-        return float(self.gp.log_evidence(kind)) / self.gp.train_inputs[0].shape[-2]
+        with self._precision_is_known():
+            return float(self.gp.log_evidence(kind)) / self.gp.train_inputs[0].shape[-2]
+
+    @contextlib.contextmanager
+    def _precision_is_known(self) -> Iterator[None]:
+        """In single precision BoTorch has warned once, when the model was made: that is enough."""
+        if self._train_X.dtype == torch.float64:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=NumericalWarning)
+            yield
 
     def custom_fit(self, mll: gpytorch.mlls.MarginalLogLikelihood, **_: Any) -> gpytorch.mlls.MarginalLogLikelihood:
         """What BoTorch's ``fit_gpytorch_mll`` calls: nothing to do, as the model is trained when it is made."""
@@ -304,8 +326,8 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin):
         """
         self.eval()
         X = self.transform_inputs(X)
-        with gpytorch.settings.detach_test_caches(True):
-            mvn = self.gp(X)
+        with gpytorch.settings.detach_test_caches(True), self._precision_is_known():
+            mvn = _with_jitter(self.gp(X))
         if observation_noise is not False:
             mvn = _with_noise(mvn, self._noise_at(X, observation_noise))
         outputs = self._reported if self._reported is not None else None
@@ -503,7 +525,17 @@ def _with_noise(mvn: MultivariateNormal, variances: Tensor) -> MultivariateNorma
     shape = mvn.mean.shape if several else (*mvn.mean.shape, 1)
     noise = variances.expand(torch.broadcast_shapes(variances.shape, shape)).flatten(-2)
     covariance = to_linear_operator(mvn.lazy_covariance_matrix).to_dense() + torch.diag_embed(noise)
-    return type(mvn)(mvn.mean, Covariance(covariance))
+    return type(mvn)(mvn.mean, DenseLinearOperator(covariance))
+
+
+def _with_jitter(mvn: MultivariateNormal) -> MultivariateNormal:
+    """With samples as of BoTorch's other models, by a Cholesky factor: with jitter where there is none.
+
+    The exact root that a ``Covariance`` of ours has where it is singular is another one, and an optimiser of fixed base
+    samples must not see them jump.
+    """
+    covariance = to_linear_operator(mvn.lazy_covariance_matrix).to_dense()
+    return type(mvn)(mvn.mean, DenseLinearOperator(covariance))
 
 
 def _subset(mvn: MultivariateNormal, outputs: Sequence[int]) -> MultivariateNormal:
@@ -515,5 +547,5 @@ def _subset(mvn: MultivariateNormal, outputs: Sequence[int]) -> MultivariateNorm
     where = (torch.arange(q)[:, None] * k + torch.tensor(list(outputs)) % k).flatten()
     covariance = to_linear_operator(mvn.lazy_covariance_matrix).to_dense()[..., where[:, None], where]
     if len(outputs) == 1:
-        return MultivariateNormal(mean[..., 0], Covariance(covariance))
-    return MultitaskMultivariateNormal(mean, Covariance(covariance))
+        return MultivariateNormal(mean[..., 0], DenseLinearOperator(covariance))
+    return MultitaskMultivariateNormal(mean, DenseLinearOperator(covariance))
