@@ -812,6 +812,8 @@ class NetworkGP(ExactGP):
         dtype = fn(self._inputs[:0]).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
+        if fn(self._inputs) is self._inputs:  # moved to where it is, as by BoTorch's acquisition functions at each call
+            return super()._apply(fn)
         # others may share the frozen net (the GP this one was conditioned from): move a copy
         self._use_linearization(copy.deepcopy(self.linearization))
         self.model = self.model.map(fn)

@@ -451,8 +451,10 @@ class JacobianKernel(Kernel):
         dtype = fn(self.raw_prior_precision.detach().flatten()[:0]).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"JacobianKernel cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
-        self._jacobians.clear()
-        self._grams.clear()
+        raw = self.raw_prior_precision.detach()
+        if fn(raw) is not raw:  # not where it is already, as by BoTorch's acquisition functions
+            self._jacobians.clear()
+            self._grams.clear()
         return super()._apply(fn, *args, **kwargs)
 
 

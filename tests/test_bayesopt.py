@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.exceptions.errors import BotorchTensorDimensionError, InputDataError, UnsupportedError
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.fit import fit_gpytorch_mll
@@ -16,7 +17,7 @@ from botorch.sampling import SobolQMCNormalSampler
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
-from gpytorch_dnn2gp import LaplaceGP
+from gpytorch_dnn2gp import JacobianKernel, LaplaceGP
 from gpytorch_dnn2gp.bayesopt import DNN2GPModel, RefitWhen, fitting, smooth_mlp
 from gpytorch_dnn2gp.bayesopt.surrogate import matern_residual
 from gpytorch_dnn2gp.jacobians import NetFunction
@@ -248,6 +249,24 @@ def test_a_posterior_linearizes_its_points_and_no_training_point(model, monkeypa
     )
     later.posterior(torch.rand(4, 2, dtype=torch.float64))
     assert sum(rows) == 2 + 4
+    rows.clear()
+    if model.num_outputs == 1:  # it moves the model to the device of X each time
+        LogExpectedImprovement(model, best_f=7.0)(torch.rand(3, 1, 2, dtype=torch.float64))
+        assert sum(rows) == 3
+
+
+def test_a_jacobian_kernel_in_a_single_task_gp_keeps_its_training_rows(monkeypatch):
+    x, y = data()
+    model = SingleTaskGP(x, y, covar_module=JacobianKernel(small_net().double()))
+    acquisition = LogExpectedImprovement(model, best_f=7.0)
+    acquisition(torch.rand(3, 1, 2, dtype=torch.float64))
+    rows = []
+    original = NetFunction.jacobian_rows
+    monkeypatch.setattr(
+        NetFunction, "jacobian_rows", lambda self, x, c, part: rows.append(len(x[part])) or original(self, x, c, part)
+    )
+    acquisition(torch.rand(3, 1, 2, dtype=torch.float64))
+    assert sum(rows) == 3
 
 
 # ---- what a SingleTaskGP refuses or warns of

@@ -107,7 +107,7 @@ def restarts(net: nn.Module, number: int, generator: torch.Generator | None = No
     return nets
 
 
-def initial_precision(net: nn.Module, names: Sequence[str], deviation: float = 3.0) -> Tensor:
+def initial_precision(net: nn.Module, names: Sequence[str], deviation: float = 2.0) -> Tensor:
     """One delta for each parameter tensor: fan-in / deviation^2 for a weight, so that layers keep the scale of inputs.
 
     With a deviation of one, functions are so tame that a net of few data is best off with no weights at all, where it
@@ -132,7 +132,7 @@ def fit_regression(
     given_noise: Tensor | None = None,
     groups: Sequence[str | Sequence[str]] | None = None,
     params: Sequence[str] | str | None = None,
-    rounds: int = 4,
+    rounds: int = 3,
     iterations: int = 20,
     evidence_evaluations: int = 20,
     tolerance: float = 1e-4,
@@ -409,6 +409,7 @@ class _BatchedKernel(nn.Module):
         super().__init__()
         self.evaluated = _Evaluated(kernel)
         self._number = number
+        self._at_once: bool | None = None
         self._parameters_of = [(name, p.shape, c) for name, p, c in kernel.named_parameters_and_constraints()]
 
     def free_of(self, kernel: Kernel) -> Tensor:
@@ -419,13 +420,29 @@ class _BatchedKernel(nn.Module):
 
     def forward(self, free: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Matrices ``(M, n, n)`` and log priors ``(M,)``."""
-        results = [functional_call(self.evaluated, self._state(each, "kernel."), (x,)) for each in free]
-        return torch.stack([k for k, _ in results]), torch.stack([p for _, p in results])
+        if self._at_once is None:
+            with torch.no_grad():
+                self._at_once = self._works_at_once(free, x)
+        if self._at_once:
+            return functional_call(self.evaluated, self._state(free, "kernel."), (x,))
+        results = [functional_call(self.evaluated, self._state(each[None], "kernel."), (x,)) for each in free]
+        return torch.cat([k for k, _ in results]), torch.cat([p for _, p in results])
+
+    def _works_at_once(self, free: Tensor, x: Tensor) -> bool:
+        """GPyTorch's kernels take parameters with a leading batch dimension; one's own may not."""
+        apart = free + 0.1 * torch.arange(len(free)).to(free)[:, None]
+        self._at_once = False
+        expected = self(apart, x)
+        try:
+            found = functional_call(self.evaluated, self._state(apart, "kernel."), (x,))
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
     def _state(self, free: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        pieces = free.split([shape.numel() for _, shape, _ in self._parameters_of])
+        pieces = free.split([shape.numel() for _, shape, _ in self._parameters_of], -1)
         return {
-            prefix + name: _bounded(piece.view(shape), c)
+            prefix + name: _bounded(piece.reshape(len(free), *shape), c)
             for (name, shape, c), piece in zip(self._parameters_of, pieces, strict=True)
         }
 
@@ -433,8 +450,8 @@ class _BatchedKernel(nn.Module):
     def single(self, free: Tensor) -> Kernel:
         """The kernel at these parameters."""
         new = copy.deepcopy(self.evaluated.kernel)
-        for name, value in self._state(free).items():
-            new.get_parameter(name).copy_(value)
+        for name, value in self._state(free[None]).items():
+            new.get_parameter(name).copy_(value[0])
         return new
 
 
@@ -464,12 +481,13 @@ class _Evaluated(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_prior = x.new_zeros(())
+        m = len(next(iter(self.kernel.parameters())))  # each parameter has a leading dimension here
+        log_prior = x.new_zeros(m)
         for _, module, prior, closure, _ in self.kernel.named_priors():
-            log_prior = log_prior + prior.log_prob(closure(module)).sum()
+            log_prior = log_prior + prior.log_prob(closure(module)).reshape(m, -1).sum(-1)
         with gpytorch.settings.lazily_evaluate_kernels(False):
             k = self.kernel(x)
-        return k.to_dense(), log_prior
+        return k.to_dense().reshape(m, len(x), len(x)), log_prior
 
 
 # ---- labels of any other loss: one net after the other

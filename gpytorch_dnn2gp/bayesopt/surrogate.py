@@ -43,6 +43,7 @@ from . import fitting
 from .fitting import Hyperparameters
 from .refitting import EVERY_CALL, RefitWhen
 
+LABELS_DEVIATION = 3.0  # of initial weights: logits of few labels want a larger scale than standardised outcomes
 UNOBSERVED = 1e8  # noise variance, of unit-scale outcomes, that stands for an outcome that was not observed
 
 
@@ -117,12 +118,12 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             raise InputDataError("There is no training point.")
         if restarts < 1:
             raise ValueError(f"restarts must be one at least; got {restarts}.")
-        regression = loss is None or isinstance(loss, Gaussian)
+        self.loss, self.params, self.groups = loss, params, groups
+        regression = self._is_regression
         if train_Yvar is not None and not regression:
             raise UnsupportedError(f"train_Yvar is the noise of a regression, but the loss is {loss}.")
         if isinstance(outcome_transform, type(DEFAULT)) and outcome_transform == DEFAULT:
             outcome_transform = Standardize(m=train_Y.shape[-1]) if regression else None
-        self.loss, self.params, self.groups = loss, params, groups
         self.restarts, self.seed, self.progress = restarts, seed, progress
         self.refit_when, self.fit_options = refit_when, dict(fit_options or {})
         self._num_outputs = train_Y.shape[-1]
@@ -150,6 +151,10 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         self.eval()
 
     # ---- training
+
+    @property
+    def _is_regression(self) -> bool:
+        return self.loss is None or isinstance(self.loss, Gaussian)
 
     def _template_net(self, net: nn.Module | Callable[[], nn.Module] | None, num_inputs: int) -> nn.Module:
         if net is None:
@@ -195,7 +200,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         nets += fitting.restarts(self._template, self.restarts - 1, generator)
         random = select_parameters(self._template, self.params)
         start = Hyperparameters(
-            fitting.initial_precision(self._template, random),
+            fitting.initial_precision(self._template, random, *(() if self._is_regression else (LABELS_DEVIATION,))),
             y.new_tensor([0.02]),
             None if self._residual_template is None else copy.deepcopy(self._residual_template),
         )
@@ -203,7 +208,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             start.prior_precision = y.new_ones(len(self.groups))
         common = {"first": first, "groups": self.groups, "params": self.params, "progress": self.progress}
         common |= self.fit_options
-        if self.loss is None or isinstance(self.loss, Gaussian):
+        if self._is_regression:
             noise = None if yvar is None else yvar.clamp(min=fitting.LOWEST_NOISE)
             fitted = fitting.fit_regression(nets, x, y, start, given_noise=noise, **common)
             found = fitted.hyperparameters
