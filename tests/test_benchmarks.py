@@ -111,3 +111,32 @@ def test_conditioning(script, monkeypatch):
     found = study.study(split, width=5)
     assert found["rows"] == 398
     assert all(0.5 < found[f"nll {stage}"] < 3 for stage in study.STAGES), found
+
+
+def bayesopt_benchmark(name, folder, *options):
+    command = [sys.executable, BENCHMARKS / f"bayesopt_{name}.py", *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_bayesopt_quality(tmp_path):
+    options = ["--problems", "Branin", "BraninCurrin", "--seeds", "1", "--evaluations", "7", "--no-progress"]
+    out = bayesopt_benchmark("quality", tmp_path, *options, "--methods", "SingleTaskGP", "random")
+    assert "Projected: " in out and "mean rank" in out
+    again = bayesopt_benchmark("quality", tmp_path, *options, "--methods", "SingleTaskGP", "random")
+    assert "Projected" not in again  # all from the file
+    assert out.splitlines()[-6:] == again.splitlines()[-6:]
+    out = bayesopt_benchmark("quality", tmp_path, *options)
+    assert "laplace-bayesopt left out" in out
+    with (tmp_path / "bayesopt_quality" / "table_7.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4 * 7 and all(float(row["regret"]) >= 0 for row in rows)
+    assert (tmp_path / "bayesopt_quality" / "table_7.png").stat().st_size > 10_000
+
+
+def test_bayesopt_speed(tmp_path):
+    out = bayesopt_benchmark("speed", tmp_path, "--n", "8", "--repeats", "1", "--threads", "1")
+    assert "laplace-bayesopt left out" in out and "condition (s)" in out
+    rows = [line for line in out.splitlines() if line.startswith(("ours", "SingleTaskGP"))]
+    assert len(rows) == 3 and all(0 < float(row.split()[-1]) < 10 for row in rows)

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +90,13 @@ def _chirp_maximum() -> float:
     return float(chirp(x).max())
 
 
-def problems(full: bool = False) -> dict[str, Problem]:
+def problems(full: bool = False, most: int | None = None) -> dict[str, Problem]:
+    """By name; with twice the evaluations, or ``most`` of them."""
     ackley = Ackley(5, bounds=[(-5.0, 10.0)] * 5, negate=True)
     levy = Levy(10, bounds=[(-5.0, 10.0)] * 10, negate=True)
     pair = BraninCurrin(negate=True)
     more = 2 if full else 1
-    return {
+    every = {
         "Branin": Problem(scaled(Branin(negate=True)), 2, -0.397887, 5, 25 * more),
         "Hartmann-6": Problem(scaled(Hartmann(6, negate=True)), 6, 3.32237, 10, 40 * more),
         "Ackley-5": Problem(scaled(ackley), 5, 0.0, 10, 40 * more),
@@ -103,6 +104,7 @@ def problems(full: bool = False) -> dict[str, Problem]:
         "Chirp-2": Problem(chirp, 2, _chirp_maximum(), 5, 30 * more),
         "BraninCurrin": Problem(scaled(pair), 2, pair._max_hv, 6, 25 * more, tuple(pair.ref_point.tolist())),
     }
+    return {name: replace(p, evaluations=min(p.evaluations, most or p.evaluations)) for name, p in every.items()}
 
 
 # ---- methods
@@ -174,14 +176,14 @@ def next_point(make: Callable | None, problem: Problem, x: Tensor, y: Tensor, se
     return point.detach()
 
 
-def run(problem: Problem, method: str, seed: int, evaluations: int | None = None) -> dict:
+def run(problem: Problem, method: str, seed: int) -> dict:
     """One run: the score after each evaluation, and the seconds until then."""
     torch.set_num_threads(1)
     x = torch.quasirandom.SobolEngine(problem.dim, scramble=True, seed=seed).draw(problem.start, dtype=torch.float64)
     y, seconds = problem(x), [0.0] * problem.start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while len(x) < (evaluations or problem.evaluations):
+        while len(x) < problem.evaluations:
             start = time.perf_counter()
             point = next_point(METHODS[method], problem, x, y, seed)
             x, y = torch.cat([x, point]), torch.cat([y, problem(point)])
@@ -189,11 +191,12 @@ def run(problem: Problem, method: str, seed: int, evaluations: int | None = None
     return {"scores": problem.score(y), "seconds": seconds}
 
 
-def run_anywhere(name: str, method: str, seed: int, full: bool, peer: str | None, evaluations: int | None) -> dict:
+def run_anywhere(name: str, method: str, seed: int, full: bool, most: int | None, peer: str | None) -> dict:
     """``run``, for the peer in its own Python."""
     if method != PEER:
-        return run(problems(full)[name], method, seed, evaluations)
-    command = [peer, __file__, "--one", name, method, str(seed), str(evaluations or 0), *(["--full"] if full else [])]
+        return run(problems(full, most)[name], method, seed)
+    command = [peer, __file__, "--one", name, method, str(seed), *(["--full"] if full else [])]
+    command += ["--evaluations", str(most)] if most else []
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     if done.returncode:
         raise RuntimeError(f"{method} on {name} did not run:\n{done.stderr[-2000:]}")
@@ -317,16 +320,17 @@ def draw(table: Table, names: list[str], methods: list[str], seeds: range, full:
 # ---- the command
 
 
-def project(pending: list[tuple[str, str, int]], full: bool, peer: str | None, jobs: int) -> str:
+def project(pending: list[tuple[str, str, int]], full: bool, most: int | None, peer: str | None, jobs: int) -> str:
     """The time that the runs will take, from two steps of each method on one of them."""
     lines, total = [], 0.0
     for method in dict.fromkeys(method for _, method, _ in pending):
         mine = [(name, seed) for name, m, seed in pending if m == method]
         names = list(dict.fromkeys(name for name, _ in mine))
         middle = names[len(names) // 2]
-        problem = problems(full)[middle]
-        seconds = run_anywhere(middle, method, 0, full, peer, problem.start + 2)["seconds"][-1] / 2
-        steps = sum(problems(full)[name].evaluations - problems(full)[name].start for name, _ in mine)
+        few = problems(full)[middle].start + 2
+        seconds = run_anywhere(middle, method, 0, full, few, peer)["seconds"][-1] / 2
+        chosen = problems(full, most)
+        steps = sum(chosen[name].evaluations - chosen[name].start for name, _ in mine)
         total += steps * seconds
         lines.append(f"  {method:20} {len(mine):3} runs, {steps:5} steps of {seconds:6.2f} s on {middle}")
     return "\n".join([f"Projected: {total / jobs / 60:.0f} min by {jobs} process(es)", *lines])
@@ -338,16 +342,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, help="5, or 10 with --full")
     parser.add_argument("--full", action="store_true", help="twice the evaluations, ten seeds")
+    parser.add_argument("--evaluations", type=int, help="at most so many of each function")
     parser.add_argument("--peer-python", help="Python of an environment with laplace-bayesopt; left out without it")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--output", type=Path, default=Path("bayesopt_quality"), help="of the CSV and the picture")
     parser.add_argument("--no-progress", action="store_true")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # problem, method, seed, evaluations: for the peer
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # problem, method, seed: for the peer
     arguments = parser.parse_args()
     if arguments.one:
-        name, method, seed, evaluations = arguments.one
+        name, method, seed = arguments.one
         with contextlib.redirect_stdout(sys.stderr):
-            result = run(problems(arguments.full)[name], method, int(seed), int(evaluations) or None)
+            result = run(problems(arguments.full, arguments.evaluations)[name], method, int(seed))
         print(json.dumps(result))
         return
 
@@ -359,9 +364,9 @@ def main() -> None:
     methods = [m for m in arguments.methods if m != PEER or arguments.peer_python]
     if PEER in arguments.methods and not arguments.peer_python:
         print(f"{PEER} left out: name its Python by --peer-python")
-    full, seeds = arguments.full, range(arguments.seeds or (10 if arguments.full else 5))
+    full, most, seeds = arguments.full, arguments.evaluations, range(arguments.seeds or (10 if arguments.full else 5))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = "full" if full else "table"
+    stem = ("full" if full else "table") + (f"_{most}" if most else "")
     table = Table(arguments.output / f"{stem}.csv")
     wanted = [
         (name, method, seed)
@@ -372,8 +377,8 @@ def main() -> None:
     ]
     pending = [key for key in wanted if key not in table.runs]
     if pending:
-        print(project(pending, full, arguments.peer_python, arguments.jobs), flush=True)
-    calls = (joblib.delayed(_keyed)(key, full, arguments.peer_python) for key in pending)
+        print(project(pending, full, most, arguments.peer_python, arguments.jobs), flush=True)
+    calls = (joblib.delayed(_keyed)(key, full, most, arguments.peer_python) for key in pending)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(pending), unit=" runs", disable=arguments.no_progress)
     with bar:
         for key, result in joblib.Parallel(n_jobs=arguments.jobs, return_as="generator_unordered")(calls):
@@ -385,8 +390,8 @@ def main() -> None:
     print(f"{arguments.output / stem}.csv, .png")
 
 
-def _keyed(key: tuple[str, str, int], full: bool, peer: str | None) -> tuple[tuple[str, str, int], dict]:
-    return key, run_anywhere(*key, full, peer, None)
+def _keyed(key: tuple[str, str, int], *options) -> tuple[tuple[str, str, int], dict]:
+    return key, run_anywhere(*key, *options)
 
 
 if __name__ == "__main__":
