@@ -1235,6 +1235,74 @@ def _(tmp):
     dnn2gp.infinite.batchnorm_mlp(1, BATCHES, 0.0)
 
 
+# ---- attention at infinite width
+
+TOKENS = dnn2gp.infinite.pack(PADDED)
+
+
+@case("torch's attention, at infinite width")
+def _(tmp):
+    dnn2gp.infinite.NNGPKernel(torch.nn.MultiheadAttention(4, 2))
+
+
+@case("a variance of keys that is negative")
+def _(tmp):
+    dnn2gp.infinite.transformer(2, 1, key_variance=-1.0)
+
+
+@case("a readout of attention that there is not")
+def _(tmp):
+    dnn2gp.infinite.transformer(2, 1, readout="first")
+
+
+@case("attention weights that there are not")
+def _(tmp):
+    dnn2gp.infinite.attention(2, 1, weights="sigmoid")
+
+
+@case("a temperature of zero")
+def _(tmp):
+    dnn2gp.infinite.transformer(2, 1, temperature=0.0)
+
+
+@case("a transformer without blocks")
+def _(tmp):
+    dnn2gp.infinite.transformer(2, 0)
+
+
+@case("the standard NTK of a transformer")
+def _(tmp):
+    dnn2gp.infinite.transformer(2, kernel="ntk", parameterization="standard")
+
+
+@case("tokens of another size for a transformer")
+def _(tmp):
+    dnn2gp.infinite.transformer(4).double()(TOKENS, diag=True)
+
+
+@case("a length beyond the tokens, for a transformer")
+def _(tmp):
+    dnn2gp.infinite.transformer(2).double()(with_entry(TOKENS, (1, -1), 4.0), diag=True)
+
+
+@case("a mean over padding")
+def _(tmp):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Flatten(), torch.nn.Linear(9, 1))
+    dnn2gp.infinite.NNGPKernel(net, input_size=2)
+
+
+@case("attention that is not told the lengths")
+def _(tmp):
+    net = torch.nn.Sequential(dnn2gp.infinite.YangAttention(2, 3), torch.nn.Linear(3, 1))
+    dnn2gp.infinite.NNGPKernel(net, input_size=2)
+
+
+@case("attention of inputs that are no sequences")
+def _(tmp):
+    net = torch.nn.Sequential(dnn2gp.infinite.YangAttention(2, 3), torch.nn.Flatten(), torch.nn.Linear(3, 1))
+    dnn2gp.infinite.NNGPKernel(net)(torch.ones(2, 2), diag=True)
+
+
 # ---- search
 
 

@@ -2,6 +2,7 @@
 
     NNGPKernel(net), NTKKernel(net)          from a module
     fully_connected(...), convolutional(...) from depth and sigma
+    transformer(...), attention(...)         of sequences
     batchnorm_mlp(...)                       between whole batches
     rule                                     for layers of your own
     pack, unpack                             sequences of different lengths, as rows of one matrix
@@ -12,6 +13,8 @@ Read integrals.py first, then state.py (what travels through the net), rules.py 
 """
 
 from . import integrals
+from .attention import LastState, MeanState, SelfAttention, YangAttention, YangTransformer
+from .attention_kernels import AttentionKernel, TransformerKernel, attention, transformer
 from .batchnorm import BatchNormKernel
 from .constructors import batchnorm_mlp, convolutional, fully_connected
 from .kernels import NNGPKernel, NTKKernel
@@ -22,16 +25,24 @@ from .sequences import Sequences, pack, unpack
 from .state import State
 
 __all__ = [
+    "AttentionKernel",
     "BatchNormKernel",
+    "LastState",
+    "MeanState",
     "MonteCarlo",
     "NNGPKernel",
     "NTKKernel",
     "OneHotGP",
     "Pointwise",
     "Sequences",
+    "SelfAttention",
     "SharedNoise",
     "State",
+    "TransformerKernel",
     "Weighted",
+    "YangAttention",
+    "YangTransformer",
+    "attention",
     "batchnorm_mlp",
     "convolutional",
     "fully_connected",
@@ -39,5 +50,6 @@ __all__ = [
     "monte_carlo",
     "pack",
     "rule",
+    "transformer",
     "unpack",
 ]

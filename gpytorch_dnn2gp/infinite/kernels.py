@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .hyperparameters import Hyperparameter, InfiniteKernel, as_tensors
 from .program import Program, program_of
 
+PARAMETERIZATIONS = ("ntk", "standard", "plain")
+
 
 class NNGPKernel(InfiniteKernel):
     """Covariance of a net's output at infinite width, weights N(0, sigma_w^2 / fan_in), biases N(0, sigma_b^2).
@@ -29,6 +31,8 @@ class NNGPKernel(InfiniteKernel):
         bias_variance: sigma_b^2, likewise; zero is allowed. Layers without biases do not read theirs.
         per_layer: whether each layer has variances of its own; None means where several are given.
         input_shape: of one input, such as (channels, height, width); inputs travel flattened.
+        input_size: numbers per token, where inputs are sequences made by :func:`pack`. The net's ``forward`` takes
+            tokens ``(n, L, d)`` and, if it has attention or reads states, their ``lengths``, which it hands on.
         weight_variance_prior, bias_variance_prior: GPyTorch priors.
         weight_variance_constraint, bias_variance_constraint: by default positive, and zero or more.
         dropout: whether masks of dropout layers are drawn, for each input anew, as in train mode: that adds to
@@ -57,6 +61,7 @@ class NNGPKernel(InfiniteKernel):
         *,
         per_layer: bool | None = None,
         input_shape: Sequence[int] | None = None,
+        input_size: int | None = None,
         weight_variance_prior: Prior | None = None,
         bias_variance_prior: Prior | None = None,
         weight_variance_constraint: Interval | None = None,
@@ -67,6 +72,8 @@ class NNGPKernel(InfiniteKernel):
         **kwargs,
     ) -> None:
         program = net if isinstance(net, Program) else program_of(net)
+        if input_size is not None:
+            program = program.of_sequences(input_size)
         options = {"input_shape": input_shape, "dropout": dropout, "progress": progress, "batch_shape": batch_shape}
         super().__init__(program, **options, **kwargs)
         parameters = tuple(net.parameters()) if isinstance(net, nn.Module) else ()
@@ -89,8 +96,9 @@ class NTKKernel(NNGPKernel):
     Args:
         net, weight_variance, bias_variance, options: see :class:`NNGPKernel`. Parameters of the net that require no
             gradient count as fixed.
-        parameterization: "ntk" (weights N(0, 1), scaled by sigma_w / sqrt(fan_in) where they are used) or "standard"
-            (weights N(0, sigma_w^2 / fan_in) as they are, as torch has them; this NTK grows with the net's widths).
+        parameterization: "ntk" (weights N(0, 1), scaled by sigma_w / sqrt(fan_in) where they are used), "standard"
+            (weights N(0, sigma_w^2 / fan_in) as they are, as torch has them; this NTK grows with the net's widths) or
+            "plain" (weights N(0, sigma_w^2), scaled by 1 / sqrt(fan_in); Yang 2020).
     """
 
     def __init__(
@@ -102,12 +110,12 @@ class NTKKernel(NNGPKernel):
         parameterization: str = "ntk",
         **options,
     ) -> None:
-        if parameterization not in ("ntk", "standard"):
-            raise ValueError(f"parameterization must be 'ntk' or 'standard'; got {parameterization!r}.")
+        if parameterization not in PARAMETERIZATIONS:
+            raise ValueError(f"parameterization must be 'ntk', 'standard' or 'plain'; got {parameterization!r}.")
         super().__init__(net, weight_variance, bias_variance, **options)
         self._ntk = parameterization
 
     @property
     def parameterization(self) -> str:
-        """What the weights carry: "ntk" or "standard"."""
+        """What the weights carry: "ntk", "standard" or "plain"."""
         return self._ntk

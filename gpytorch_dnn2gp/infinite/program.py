@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,22 @@ from torch import Tensor, fx, nn
 from ..numerics import require_finite
 from .integrals import VarianceOverflow
 from .matrix import Recursion
-from .rules import FUNCTION_RULES, MODULE_RULES, NO_RULE, Add, Dropout, Layer, Norm, Weighted
+from .rules import (
+    FUNCTION_RULES,
+    MODULE_RULES,
+    NO_RULE,
+    Add,
+    Convolution,
+    Dropout,
+    Flatten,
+    Layer,
+    Mean,
+    Norm,
+    Pad,
+    Pool,
+    Weighted,
+)
+from .sequences import unpack
 from .state import Features, Run, State, Within
 
 HOW_TO_ADD = (
@@ -35,8 +50,10 @@ class Step:
         inputs: names of its inputs.
         layer: what it does to states.
         exact: what it does to inputs on which nothing random has acted, ``(m, *shape)``; None for layers with weights.
-        index: of a layer with weights, its place among these; else None.
+        index: of a layer with weights, its place among these that have the same hyperparameters; else None.
         module: its name in the net.
+        hyper: of a layer with weights, names of the hyperparameters that are its sigma_w^2 and sigma_b^2.
+        given_lengths: whether it is called with the lengths of sequences.
     """
 
     name: str
@@ -46,6 +63,8 @@ class Step:
     exact: Callable[..., Tensor] | None = None
     index: int | None = None
     module: str | None = None
+    hyper: tuple[str, str] = ("weight_variance", "bias_variance")
+    given_lengths: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,16 +73,21 @@ class Program(Recursion):
 
     Attributes:
         steps: in order; the first input is called "x", the last step is the output.
+        input_size: numbers per token, for inputs that are sequences made by :func:`pack`; else None.
+        all_states: whether each token of a sequence has an output of its own, and so a row of the matrix.
         layers: names of the layers with weights, in the order of their variances.
     """
 
     steps: tuple[Step, ...]
+    input_size: int | None = None
+    all_states: bool = False
     layers: tuple[str, ...] = field(init=False)
     full: dict[str, bool] = field(init=False, repr=False)  # where all pairs of positions are needed
     last_use: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         full, last_use = {step.name: False for step in self.steps} | {"x": False}, {}
+        full[self.steps[-1].name] = self.all_states
         for step in reversed(self.steps):
             needs = getattr(step.layer, "needs_full", lambda wanted: wanted)(full[step.name])
             for name in step.inputs:
@@ -75,11 +99,48 @@ class Program(Recursion):
 
     def block(self, x: Features) -> Tensor:
         """K or T of the output."""
-        return _kernel_of(self(x), x.run.ntk)
+        out = self(self._tokens(x))
+        if not self.all_states:
+            return _kernel_of(out, x.run.ntk)
+        first, second = x.run.masks  # (*B, n1, n2, L, L)
+        there = first.unsqueeze(-2).unsqueeze(-1) & second.unsqueeze(-3).unsqueeze(-2)
+        return torch.where(there, out.k if x.run.ntk is None else out.t, 0)
 
     def require_inputs(self, x: Tensor) -> None:
-        """Finite numbers."""
-        require_finite(x, "x", "Remove or impute these rows first.")
+        """Finite numbers, or packed sequences of these."""
+        if self.input_size is not None:
+            unpack(x, self.input_size)
+        else:
+            require_finite(x, "x", "Remove or impute these rows first.")
+
+    def of_sequences(self, input_size: int, all_states: bool = False) -> Program:
+        """The same for packed sequences of tokens with ``input_size`` numbers.
+
+        Raises:
+            ValueError: for a layer that mixes tokens without regard to lengths.
+        """
+        for step in self.steps:
+            if getattr(step.layer, "reads_lengths", False) and not step.given_lengths:
+                raise ValueError(
+                    f"{step.place} is not given the lengths of the sequences. Let forward take a second argument, "
+                    "lengths, and hand it on to this layer; or, for sequences of one length, use input_shape."
+                )
+            if isinstance(step.layer, _MIXES_POSITIONS):
+                raise ValueError(
+                    f"{step.place} mixes the tokens of a sequence, its padding too. Use infinite.LastState or "
+                    "infinite.MeanState, which know lengths; or, for sequences of one length, input_shape."
+                )
+        return replace(self, input_size=input_size, all_states=all_states)
+
+    def _tokens(self, x: Features) -> Features:
+        """Sequences, from rows of one matrix; their padding repeats the first token, and nothing reads it."""
+        if self.input_size is None:
+            return x
+        first = unpack(x.x1, self.input_size)
+        second = first if x.x2 is x.x1 else unpack(x.x2, self.input_size)
+        x.run.masks = first.mask, second.mask
+        x1, x2 = (torch.where(s.mask.unsqueeze(-1), s.tokens, s.tokens[..., :1, :]) for s in (first, second))
+        return Features(x1, x1 if second is first else x2, tuple(x1.shape[-2:]), x.run)
 
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """Most entries that any state has for one pair."""
@@ -96,7 +157,8 @@ class Program(Recursion):
         if x.numel():
             with torch.no_grad():
                 piece = x.unsqueeze(x.dim() - len(shape))
-                Watched(self.steps)(Features(piece, piece, shape, run))
+                watched = Watched(self.steps, self.input_size, self.all_states)
+                watched(self._tokens(Features(piece, piece, shape, run)))
         return max(sizes)
 
     def __call__(self, x: Features) -> State | Features:
@@ -126,11 +188,10 @@ class Program(Recursion):
     @staticmethod
     def _apply(step: Step, inputs: list[State | Features], run: Run) -> State | Features:
         if step.index is not None:
-            weight, bias = (run.hyper[name] for name in ("weight_variance", "bias_variance"))
-            index = step.index if weight.shape[-1] > 1 else 0
-            return step.layer(inputs[0], weight[..., index], bias[..., index])
+            w, b = (v[..., step.index if v.shape[-1] > 1 else 0] for v in (run.hyper[name] for name in step.hyper))
+            return step.layer(inputs[0], w, b)
         if isinstance(inputs[0], Features) and not isinstance(step.layer, Add | Dropout):
-            if step.exact is None:
+            if step.exact is None or (run.masks is not None and getattr(step.layer, "reads_lengths", False)):
                 raise ValueError("it acts on the inputs themselves, which its rule does not say how to do.")
             return inputs[0].map(step.exact)
         return step.layer(*inputs)
@@ -169,7 +230,9 @@ def _why_none(module: nn.Module) -> str | None:
     return next((NO_RULE[kind] for kind in type(module).__mro__ if kind in NO_RULE), None)
 
 
+_MIXES_POSITIONS = Convolution | Flatten | Mean | Pad | Pool
 _BATCH = object()  # stands for the number of examples, as in x.view(x.size(0), -1)
+_LENGTHS = object()  # stands for the lengths of sequences, the second argument of ``forward``
 
 
 def program_of(net: nn.Module) -> Program:
@@ -204,6 +267,9 @@ def program_of(net: nn.Module) -> Program:
     for node in graph.nodes:
         if node.op == "placeholder":
             if "x" in names.values():
+                if node.target == "lengths":
+                    names[node] = _LENGTHS
+                    continue
                 if node.args:  # an argument with a default
                     names[node] = node.args[0]
                     continue
@@ -231,19 +297,24 @@ def program_of(net: nn.Module) -> Program:
                 place = f"{node.target!r} ({type(module).__name__})"
                 _require_unshared(module, node.target, owners)
                 layer = _module_layer(module, place)
-                inputs, exact = list(node.args), _without_weights(module, layer)
+                given = (*node.args, *node.kwargs.values())
+                lengths = [a for a in given if isinstance(a, fx.Node) and names.get(a) is _LENGTHS]
+                inputs = [a for a in given if a is not None and a not in lengths]
+                exact = _without_weights(module, layer)
             else:
                 place = f"the call of {_name_of(node.target)} at {node.name!r}"
                 layer, inputs, exact = _function_layer(node, names, place)
+                lengths = []
             unknown = [a for a in inputs if not isinstance(a, fx.Node) or not isinstance(names.get(a), str)]
-            if unknown or (node.op == "call_module" and (node.kwargs or len(inputs) != 1)):
+            if unknown or (node.op == "call_module" and len(inputs) != 1):
                 raise NotImplementedError(
                     f"{place} is called with other arguments than one tensor; there is no rule for that."
                 )
             index = None
             if isinstance(layer, Weighted):
                 index, num_weighted, exact = num_weighted, num_weighted + 1, None
-            steps.append(Step(node.name, place, tuple(names[a] for a in inputs), layer, exact, index, module_name))
+            inputs = tuple(names[a] for a in inputs)
+            steps.append(Step(node.name, place, inputs, layer, exact, index, module_name, given_lengths=bool(lengths)))
             names[node] = node.name
     if num_weighted == 0:
         raise ValueError(f"{type(net).__name__} has no layer with weights, so it is no random function.")

@@ -776,7 +776,10 @@ def _() -> Scale:
     return Scale(-1.0)
 
 
-_ATTENTION = "softmax attention with logits scaled by 1/sqrt(d) has no closed form at infinite width"
+_ATTENTION = (
+    "softmax attention with logits scaled by 1/sqrt(d) has no closed form; with 1/d it has one: "
+    "infinite.YangTransformer and infinite.SelfAttention, or infinite.transformer and infinite.attention"
+)
 _MAXIMUM = "the maximum of correlated Gaussians has no closed form; average pooling has one"
 for _kind, _why in {
     nn.MultiheadAttention: _ATTENTION,

@@ -125,7 +125,8 @@ class State:
     def weighted(self, layer: str, weight: Tensor, bias: Tensor, fan_in: int, trained: tuple[bool, bool]) -> State:
         """Weights and biases, once K and T are means over the fan-in: K <- K_new = sigma_w^2 K + sigma_b^2.
 
-        T <- sigma_w^2 T + K_new in the ntk parameterisation, sigma_w^2 T + fan_in K + 1 in the standard one.
+        T <- sigma_w^2 T + K_new in the ntk parameterisation, sigma_w^2 T + fan_in K + 1 in the standard one, and
+        sigma_w^2 T + K + 1 in the plain one.
 
         Args:
             layer: its name, a new source of randomness.
@@ -140,6 +141,8 @@ class State:
             t = torch.zeros_like(k) if self.t is None else self.t * w
             if self.run.ntk == "ntk" and all(trained):
                 t = t + k
+            elif self.run.ntk == "plain":
+                t = t + trained[0] * self.k + float(trained[1])
             elif self.run.ntk == "ntk":
                 t = t + trained[0] * (self.k * w) + trained[1] * b
             else:
@@ -189,10 +192,12 @@ class Run:
 
     Attributes:
         hyper: hyperparameters by name, such as ``weight_variance``, ``(*B, count)``.
-        ntk: None, or the parameterisation: "ntk" or "standard".
+        ntk: None, or the parameterisation: "ntk", "standard" or "plain".
         dropout: whether masks are drawn.
         node: where it is.
         full: whether all pairs of positions are wanted there.
+        masks: of sequences that are not all of one length, where tokens are and no padding: ``(*B, n1, L)`` of the
+            first of each pair and ``(*B, n2, L)`` of the second; else None.
     """
 
     hyper: dict[str, Tensor]
@@ -200,6 +205,7 @@ class Run:
     dropout: bool = False
     node: str = ""
     full: bool = False
+    masks: tuple[Tensor, Tensor] | None = None
     within = False
 
     def per_pair(self, value: Tensor, like: Tensor) -> Tensor:
