@@ -79,7 +79,7 @@ def covariance(
     x2 = x1 if symmetric else x2.unflatten(-1, shape)
     sides = (x1,) if symmetric else (x1, x2)
     diagonal, points, area = _within(recursion, sides, shape, options)
-    R = diagonal.shape[-1] // sum(x.shape[len(batch)] for x in sides)
+    R = diagonal.shape[-1] // sum(side.shape[len(batch)] for side in sides)
     tiling.require_memory(
         batch.numel() * n1 * n2 * R * R,
         x1.dtype,
