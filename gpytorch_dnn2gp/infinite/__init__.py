@@ -20,6 +20,7 @@ from .constructors import batchnorm_mlp, convolutional, fully_connected
 from .kernels import NNGPKernel, NTKKernel
 from .monte_carlo import MonteCarlo, monte_carlo
 from .one_hot import OneHotGP, SharedNoise
+from .recurrent_kernels import RecurrentKernel, gru, recurrent, simple_rnn
 from .rules import Pointwise, Weighted, rule
 from .sequences import Sequences, pack, unpack
 from .state import State
@@ -34,6 +35,7 @@ __all__ = [
     "NTKKernel",
     "OneHotGP",
     "Pointwise",
+    "RecurrentKernel",
     "Sequences",
     "SelfAttention",
     "SharedNoise",
@@ -46,10 +48,13 @@ __all__ = [
     "batchnorm_mlp",
     "convolutional",
     "fully_connected",
+    "gru",
     "integrals",
     "monte_carlo",
     "pack",
+    "recurrent",
     "rule",
+    "simple_rnn",
     "transformer",
     "unpack",
 ]

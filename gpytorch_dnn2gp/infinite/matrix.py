@@ -41,6 +41,10 @@ class Recursion(abc.ABC):
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """Entries of the largest tensor that one pair needs; ``x`` is one input, ``(*B, 1, *shape)``."""
 
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """R, rows of the matrix for each input of this shape."""
+        return 1
+
     @abc.abstractmethod
     def describe(self) -> str:
         """The same text for the same recursion in another process."""
@@ -74,12 +78,7 @@ def covariance(
     if n1 * n2 == 0:
         return x1.new_zeros(*batch, n1, n2)
     shape = input_shape or (x1.shape[-1],)
-    options = {"hyper": hyper, "ntk": ntk, "dropout": dropout}
-    x1 = x1.unflatten(-1, shape)
-    x2 = x1 if symmetric else x2.unflatten(-1, shape)
-    sides = (x1,) if symmetric else (x1, x2)
-    diagonal, points, area = _within(recursion, sides, shape, options)
-    R = diagonal.shape[-1] // sum(side.shape[len(batch)] for side in sides)
+    R = recursion.rows(shape)
     tiling.require_memory(
         batch.numel() * n1 * n2 * R * R,
         x1.dtype,
@@ -87,6 +86,11 @@ def covariance(
         f"The kernel matrix ({' x '.join(map(str, (*batch, n1 * R, n2 * R)))})",
         "Take fewer points at once.",
     )
+    options = {"hyper": hyper, "ntk": ntk, "dropout": dropout}
+    x1 = x1.unflatten(-1, shape)
+    x2 = x1 if symmetric else x2.unflatten(-1, shape)
+    sides = (x1,) if symmetric else (x1, x2)
+    diagonal, points, area = _within(recursion, sides, shape, options)
 
     def tile(rows: slice, columns: slice) -> Tensor:
         second = columns if symmetric else slice(n1 + columns.start, n1 + columns.stop)

@@ -3,15 +3,16 @@
     NNGP   f f^T / width                              for the outputs f of one draw, as many as the net is wide
     NTK    sum over weights of (df/dw) (df'/dw)       for one output; a weight of variance s counts s times
 
-Both converge to the kernel: the spread of one draw falls as 1/sqrt(width), the bias as 1/width.
+Both converge to the kernel: the spread of one draw falls as 1/sqrt(width), the bias as 1/width. Of recurrent nets the
+states are compared, which stand for outputs of all readouts: sigma_v^2 h h^T / width.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,8 @@ from .. import tiling
 from ..plotting import ALEATORIC, EPISTEMIC, NEUTRAL
 from .kernels import NNGPKernel, NTKKernel
 from .program import Program, program_of
+from .recurrent_kernels import RecurrentKernel, recurrent
+from .sequences import unpack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +105,7 @@ def monte_carlo(
     x: Tensor,
     width: int | Sequence[int] = (32, 128, 512),
     draws: int = 100,
-    kernel: NNGPKernel | None = None,
+    kernel: NNGPKernel | RecurrentKernel | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> MonteCarlo:
@@ -110,51 +113,69 @@ def monte_carlo(
 
     Args:
         net: copied, not changed. All its layers with weights get ``width`` units, or channels; its ``forward`` may not
-            assume sizes.
-        x: ``(n, d)``; images flattened, as for the kernel.
+            assume sizes. Or ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``.
+        x: ``(n, d)``; images flattened, sequences packed, as for the kernel.
         width: one, or several, which show the convergence.
         draws: of all weights, for each width.
-        kernel: whose variances are drawn from; an :class:`NTKKernel` is compared with the gradients of the nets. By
-            default ``NNGPKernel(net)``.
+        kernel: whose variances are drawn from; an NTK is compared with the gradients of the nets. By default
+            ``NNGPKernel(net)``, or ``recurrent(net)``.
         generator: of the draws.
         progress: True, False, or None for a bar on terminals only.
 
     Raises:
-        ValueError: for an NTK in the standard parameterisation, which grows with the width, or nets of several sizes.
+        ValueError: for an NTK in the standard parameterisation, which grows with the width, nets of several sizes, or a
+            kernel of another net.
     """
-    kernel = NNGPKernel(net).to(x) if kernel is None else kernel
+    if kernel is None:
+        kernel = (recurrent(net) if isinstance(net, nn.RNNBase) else NNGPKernel(net)).to(x)
     widths = (int(width),) if isinstance(width, int) else tuple(int(w) for w in width)
     if not widths or min(widths) < 1 or draws < 1:
         raise ValueError(f"widths and draws must be positive; got width={width}, draws={draws}.")
+    if kernel.batch_shape or x.dim() != 2:
+        raise ValueError("A batch of kernels or of inputs cannot be compared; take them one by one.")
+    of_width = (_recurrent if isinstance(kernel, RecurrentKernel) else _layered)(net, x, kernel, generator)
+    with torch.no_grad():
+        exact = kernel(x).to_dense()
+    found = []
+    for size in widths:
+        estimate = of_width(size)
+        found.append(torch.stack([estimate() for _ in tiling.progress(range(draws), f"Width {size}", progress)]))
+    return MonteCarlo(exact, widths, torch.stack(found))
+
+
+Draws = Callable[[], Tensor]  # the kernel of one draw of the weights
+
+
+def _layered(
+    net: nn.Module, x: Tensor, kernel: NNGPKernel, generator: torch.Generator | None
+) -> Callable[[int], Draws]:
+    """Draws of a net of layers, by width."""
     ntk = isinstance(kernel, NTKKernel)
     if ntk and kernel.parameterization != "ntk":
         raise ValueError(
             "The NTK in the standard parameterization grows with the width; compare parameterization='ntk'."
         )
-    if kernel.batch_shape or x.dim() != 2:
-        raise ValueError("A batch of kernels or of inputs cannot be compared; take them one by one.")
     program = program_of(net)
     if program.layers != kernel.layers:
         raise ValueError(f"The kernel is of another net: its layers with weights are {kernel.layers}.")
-    with torch.no_grad():
-        exact = kernel(x).to_dense()
-        w, b = (v.expand(len(program.layers)) for v in (kernel.weight_variance, kernel.bias_variance))
+    w, b = (v.detach().expand(len(program.layers)) for v in (kernel.weight_variance, kernel.bias_variance))
     x = x.unflatten(-1, kernel.input_shape) if kernel.input_shape else x
-    found = []
-    for size in widths:
-        wide = _widened(net, program, size, 1 if ntk else size, x).train(kernel.dropout)
+
+    def of_width(width: int) -> Draws:
+        wide = _widened(net, program, width, 1 if ntk else width, x).train(kernel.dropout)
         layers = [wide.get_submodule(step.module) for step in program.steps if step.index is not None]
-        estimates = []
-        for _ in tiling.progress(range(draws), f"Width {size}", progress):
+
+        def estimate() -> Tensor:
             _draw(layers, w, b, generator)
             if ntk:
-                estimates.append(_ntk(wide, layers, x, w, b))
-            else:
-                with torch.no_grad():
-                    f = wide(x).flatten(1)
-                estimates.append(f @ f.mT / f.shape[1])
-        found.append(torch.stack(estimates))
-    return MonteCarlo(exact, widths, torch.stack(found))
+                return _ntk(wide, layers, x, w, b)
+            with torch.no_grad():
+                f = wide(x).flatten(1)
+            return f @ f.mT / f.shape[1]
+
+        return estimate
+
+    return of_width
 
 
 def _widened(net: nn.Module, program: Program, width: int, outputs: int, x: Tensor) -> nn.Module:
@@ -237,9 +258,84 @@ def _ntk(wide: nn.Module, layers: list[nn.Module], x: Tensor, w: Tensor, b: Tens
     parameters = [p for p in wide.parameters() if p.requires_grad]
     with torch.enable_grad():
         f = wide(x).flatten()
-        rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in f]
+    return _gradient_products(f, parameters, [scales[id(p)] for p in parameters])
+
+
+def _gradient_products(f: Tensor, parameters: Sequence[Tensor], scales: Sequence[Tensor | float]) -> Tensor:
+    """Inner products of the gradients of each entry of ``f``, those in a parameter times its scale."""
+    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in f]
     total = 0
-    for p, *gradients in zip(parameters, *rows):
+    for scale, *gradients in zip(scales, *rows):
         J = torch.stack([g.flatten() for g in gradients])
-        total = total + scales[id(p)] * (J @ J.mT)
+        total = total + scale * (J @ J.mT)
     return total
+
+
+def _recurrent(
+    net: nn.RNNBase, x: Tensor, kernel: RecurrentKernel, generator: torch.Generator | None
+) -> Callable[[int], Draws]:
+    """Draws of one of torch's recurrent modules, by width."""
+    expected = recurrent(net, readout=kernel.readout).program
+    fixed = {name: getattr(kernel.program, name) for name in ("bias_mean", "paths", "rule") if hasattr(expected, name)}
+    if type(expected) is not type(kernel.program) or replace(expected, **fixed) != kernel.program:
+        raise ValueError(f"The kernel is of another net than this {type(net).__name__}: {kernel.program.describe()}.")
+    names = ("input_variance", "recurrent_variance", "bias_variance", "readout_variance")
+    u, w, b, v = (getattr(kernel, name).detach() for name in names)
+    several = isinstance(net, nn.GRU | nn.LSTM)  # gates, or layers
+    means = torch.tensor(fixed.get("bias_mean", (0.0,))).to(x)
+    sequences = unpack(x, kernel.input_size)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        sequences.tokens, sequences.lengths.cpu(), batch_first=True, enforce_sorted=False
+    )
+    options = {"num_layers": net.num_layers, "bias": net.bias, "bidirectional": net.bidirectional}
+    options |= {"nonlinearity": net.nonlinearity} if isinstance(net, nn.RNN) else {}
+
+    def variance_of(name: str, p: Tensor) -> Tensor:
+        """One number, or one for each row."""
+        layer = int(name.split("_l")[1].split("_")[0])
+        kind, fan_in = (u, p.shape[-1]) if name.startswith("weight_ih") else (w, p.shape[-1])
+        kind, fan_in = (b, 2) if name.startswith("bias") else (kind, fan_in)
+        kind = kind if several or len(kind) == 1 else kind[layer : layer + 1]
+        return (kind / fan_in).repeat_interleave(p.shape[0] // len(kind))
+
+    def features(wide: nn.RNNBase) -> Tensor:
+        """States that are read, ``(n, F)``, or ``(n * L, F)``."""
+        out = nn.utils.rnn.pad_packed_sequence(wide(packed)[0], batch_first=True, total_length=sequences.mask.shape[-1])
+        states = out[0]
+        if kernel.readout == "all":
+            return states.flatten(0, 1)
+        if kernel.readout == "mean":
+            return states.sum(1) / sequences.lengths.unsqueeze(-1)
+        ends = states[torch.arange(len(states)), sequences.lengths - 1]
+        return torch.cat([ends[:, : wide.hidden_size], states[:, 0, wide.hidden_size :]], -1)
+
+    def of_width(width: int) -> Draws:
+        wide = type(net)(net.input_size, width, batch_first=True, dtype=x.dtype, device=x.device, **options)
+        named = dict(wide.named_parameters())
+        variances = {name: variance_of(name, p) for name, p in named.items()}
+
+        def estimate() -> Tensor:
+            with torch.no_grad():
+                for name, p in named.items():
+                    root = variances[name].sqrt().view(-1, *[1] * (p.dim() - 1))
+                    p.normal_(generator=generator).mul_(root)
+                    if name.startswith("bias_ih"):
+                        p.add_(means.repeat_interleave(len(p) // len(means)))
+            if kernel._ntk is None:
+                with torch.no_grad():
+                    s = features(wide)
+                return v * (s @ s.mT) / s.shape[1]
+            s = features(wide)
+            readout = torch.randn(s.shape[1], dtype=s.dtype, device=s.device, generator=generator) * v.sqrt()
+            scales = [variances[name][0] if kernel._ntk == "ntk" else _plain(name, p) for name, p in named.items()]
+            above = (v if kernel._ntk == "ntk" else 1) * (s @ s.mT).detach() / s.shape[1]
+            return above + _gradient_products(s @ readout / s.shape[1] ** 0.5, list(named.values()), scales)
+
+        return estimate
+
+    return of_width
+
+
+def _plain(name: str, p: Tensor) -> float:
+    """What a parameter of variance one would be multiplied by, squared; two biases stand for one."""
+    return 0.5 if name.startswith("bias") else 1 / p.shape[-1]

@@ -33,7 +33,24 @@ class Sequences:
     @property
     def mask(self) -> Tensor:
         """True at tokens, false at padding, ``(*B, n, L)``."""
-        return torch.arange(self.tokens.shape[-2], device=self.lengths.device) < self.lengths.unsqueeze(-1)
+        return self._places < self.lengths.unsqueeze(-1)
+
+    def reversed(self) -> Sequences:
+        """Each from its last token to its first."""
+        index = (self.lengths.unsqueeze(-1) - 1 - self._places) % self.tokens.shape[-2]
+        return Sequences(self._taken(index), self.lengths)
+
+    def at_the_right(self) -> tuple[Tensor, Tensor]:
+        """Tokens with the padding before them, so that last ones stand side by side, and the mask of these."""
+        before = self.tokens.shape[-2] - self.lengths.unsqueeze(-1)
+        return self._taken((self._places - before) % self.tokens.shape[-2]), self._places >= before
+
+    @property
+    def _places(self) -> Tensor:
+        return torch.arange(self.tokens.shape[-2], device=self.lengths.device)
+
+    def _taken(self, index: Tensor) -> Tensor:
+        return self.tokens.gather(-2, index.unsqueeze(-1).expand(self.tokens.shape))
 
 
 def pack(sequences: Sequence[Tensor] | Tensor, lengths: Tensor | None = None, max_length: int | None = None) -> Tensor:
@@ -85,7 +102,17 @@ def unpack(x: Tensor, input_size: int) -> Sequences:
             f"Rows of {x.shape[-1]} numbers hold no sequence of tokens with {input_size} numbers each and its length. "
             f"{FORMAT}"
         )
-    return _checked(x[..., :-1].unflatten(-1, (length, input_size)), x[..., -1].detach())
+    return _checked(_tokens(x, input_size), x[..., -1].detach())
+
+
+def split(x: Tensor, input_size: int) -> Sequences:
+    """As :func:`unpack`, of rows that have been checked."""
+    found = Sequences(_tokens(x, input_size), x[..., -1].detach().long())
+    return Sequences(torch.where(found.mask.unsqueeze(-1), found.tokens, 0), found.lengths)
+
+
+def _tokens(x: Tensor, input_size: int) -> Tensor:
+    return x[..., :-1].unflatten(-1, (-1, input_size))
 
 
 def _of_padded(tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
