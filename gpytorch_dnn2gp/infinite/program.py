@@ -106,6 +106,10 @@ class Program(Recursion):
         there = first.unsqueeze(-2).unsqueeze(-1) & second.unsqueeze(-3).unsqueeze(-2)
         return torch.where(there, out.k if x.run.ntk is None else out.t, 0)
 
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """L where all states of a sequence are read."""
+        return shape[0] // self.input_size if self.all_states else 1
+
     def require_inputs(self, x: Tensor) -> None:
         """Finite numbers, or packed sequences of these."""
         if self.input_size is not None:
