@@ -809,11 +809,12 @@ class NetworkGP(ExactGP):
 
     def _apply(self, fn):
         # .to(...), .double(), .cuda(): the net and the data go along, what was computed from them is dropped
-        dtype = fn(self._inputs[:0]).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"A GP cannot be {dtype}, too coarse for its algebra: keep float32 or float64.")
-        if fn(self._inputs) is self._inputs:  # moved to where it is, as by BoTorch's acquisition functions at each call
-            return super()._apply(fn)
+        part = self._inputs[:0]
+        moved = fn(part)
+        if moved.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"A GP cannot be {moved.dtype}, too coarse for its algebra: keep float32 or float64.")
+        if moved is part:  # moved to where it is, as by BoTorch's acquisition functions at each call; or shared
+            return super()._apply(fn) if part.is_shared() else self
         # others may share the frozen net (the GP this one was conditioned from): move a copy
         self._use_linearization(copy.deepcopy(self.linearization))
         self.model = self.model.map(fn)
@@ -1025,7 +1026,8 @@ def linearization_for(
 
 
 def _dense_kernel(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
-    return kernel(x1, x2).to_dense()
+    with gpytorch.settings.lazily_evaluate_kernels(False):
+        return to_linear_operator(kernel(x1, x2)).to_dense()
 
 
 def _require_loss(loss: object) -> None:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 MATRIX_FRACTION = 0.5
 CHUNK_FRACTION = 0.05
 CACHE_FRACTION = 0.1  # what may stay in memory to save recomputation
+ALWAYS_BYTES = 2**20  # is free on any machine that got this far
 MAX_CHUNK_BYTES = 256 * 2**20  # larger chunks are not faster: they leave the processor's caches
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("memory_limit", default=None)
@@ -58,14 +59,19 @@ def element_size(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits // 8
 
 
+def _is_small(num_elements: int, dtype: torch.dtype) -> bool:
+    """Whether it always fits: asking how much is free takes longer than small work itself."""
+    return _limit.get() is None and num_elements * element_size(dtype) <= ALWAYS_BYTES
+
+
 def fits(num_elements: int, dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether tensors of ``num_elements`` in all may be held in memory."""
-    return num_elements * element_size(dtype) <= MATRIX_FRACTION * free_memory(device)
+    return _is_small(num_elements, dtype) or num_elements * element_size(dtype) <= MATRIX_FRACTION * free_memory(device)
 
 
 def cache_fits(num_elements: int, dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether ``num_elements`` may be kept in memory only to save recomputing them."""
-    return num_elements * element_size(dtype) <= CACHE_FRACTION * free_memory(device)
+    return _is_small(num_elements, dtype) or num_elements * element_size(dtype) <= CACHE_FRACTION * free_memory(device)
 
 
 def gigabytes(num_bytes: float) -> str:

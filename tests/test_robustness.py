@@ -335,3 +335,16 @@ def test_a_parameter_without_dimensions():
     y, loss = torch.randn_like(x), dnn2gp.losses.Gaussian(0.5)
     gps = [dnn2gp.LaplaceGP(net, x, y, loss, solver=solver) for solver in ("weight_space", "function_space")]
     assert_close(gps[0].log_evidence(), gps[1].log_evidence())
+
+
+# ---- moved
+
+
+def test_moved_to_where_it_is():
+    """As BoTorch's acquisition functions do at each call: nothing is computed again; sharing memory is no move."""
+    gp = make()
+    posterior = gp.posterior()
+    assert gp.to(torch.float64).to("cpu") is gp and gp.posterior() is posterior
+    gp.share_memory()
+    assert all(parameter.is_shared() for parameter in gp.parameters())
+    assert gp.posterior() is posterior

@@ -9,7 +9,7 @@ nothing changes: with its defaults (several nets, a residual kernel), and one ne
 the root mean squared error on 1,000 other points, in standard deviations, so that nobody is fast by not training.
 
     fit          the model, ready for use
-    acqf         optimize_acqf of LogEI, 4 restarts from 64 points, with the fitted model
+    acqf         optimize_acqf of LogEI, 10 restarts from the best of 512 points, with the fitted model
     condition    condition_on_observations on one new point, and the posterior there
 
 Times are medians; --peer-python names the Python of an environment with laplace-bayesopt, which is left out without it.
@@ -98,7 +98,7 @@ def measure(name: str, n: int, repeats: int) -> dict[str, float]:
 
             acquisition = LogExpectedImprovement(model, best_f=y.max())
             start = time.perf_counter()
-            point, _ = optimize_acqf(acquisition, bounds, q=1, num_restarts=4, raw_samples=64)
+            point, _ = optimize_acqf(acquisition, bounds, q=1, num_restarts=10, raw_samples=512)
             times["acqf"].append(time.perf_counter() - start)
 
             model.posterior(point)
