@@ -331,3 +331,45 @@ def test_only_a_tile_of_all_states_is_held(monkeypatch):
     monkeypatch.setattr(infinite.State, "linear", watched)
     dense(infinite.transformer(3).double(), infinite.pack(ragged(*[6] * 20)))
     assert 0 < largest[0] <= 6 * 6 * 10
+
+
+# ---- wide nets
+
+
+class Blocks(nn.Module):
+    """An attention net of one's own: an embedding, a residual around attention, LayerNorm, the mean."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.embedding, self.attention = nn.Linear(3, 4), infinite.SelfAttention(4, weights)
+        self.norm, self.state, self.head = nn.LayerNorm(4), infinite.MeanState(), nn.Linear(4, 1)
+
+    def forward(self, x, lengths=None):
+        x = self.embedding(x)
+        return self.head(self.state(torch.relu(self.norm(x + self.attention(x, lengths))), lengths))
+
+
+@pytest.mark.parametrize("readout", ["last", "mean", "all"])
+@pytest.mark.parametrize(("kind", "parameterization"), [("nngp", "ntk"), ("ntk", "ntk"), ("ntk", "plain")])
+def test_wide_transformers_converge_to_the_kernel(kind, parameterization, readout):
+    x, generator = infinite.pack(ragged(2, 4, 3)), torch.Generator().manual_seed(0)
+    options = {"readout": readout, "kernel": kind, "parameterization": parameterization}
+    kernel = infinite.transformer(3, 1, number(1.5), 1.7, 0.2, 0.8, **options)
+    net = infinite.YangTransformer(3, 4, readout=readout, dtype=F64)
+    require_convergence(infinite.monte_carlo(net, x, (24, 96), 60, kernel, generator, progress=False))
+
+
+@pytest.mark.parametrize("weights", ["softmax", "identity", "relu"])
+@pytest.mark.parametrize("kind", [infinite.NNGPKernel, infinite.NTKKernel])
+def test_wide_nets_with_self_attention_converge(weights, kind):
+    x, generator = infinite.pack(ragged(2, 4, 3)), torch.Generator().manual_seed(0)
+    net = Blocks(weights).double()
+    kernel = kind(net, number([1.2, 0.8, 1.1, 0.9, 1.3]), 0.2, input_size=3)
+    require_convergence(infinite.monte_carlo(net, x, (24, 96), 60, kernel, generator, progress=False))
+
+
+def require_convergence(found: infinite.MonteCarlo) -> None:
+    """The wider net spreads half as much, and its mean is off by chance alone and a bias of order 1/width."""
+    narrow, wide = found.widths
+    assert found.spread[1] < 0.65 * found.spread[0]
+    assert found.error[1] < 2.5 * found.noise[1] + 3 / wide

@@ -223,3 +223,12 @@ def test_botorch_cannot_evaluate_it_point_by_point():
             raw_samples=2,
         )
     assert isinstance(kernel, nn.Module)
+
+
+@pytest.mark.parametrize("kind", ["nngp", "ntk"])
+def test_wide_nets_converge_to_the_kernel(kind):
+    batches, generator = inputs(8, 7), torch.Generator().manual_seed(0)
+    kernel = infinite.batchnorm_mlp(2, batches, 1.4, kernel=kind)
+    found = infinite.monte_carlo(None, torch.cat(batches), (24, 96), 60, kernel, generator, progress=False)
+    assert found.spread[1] < 0.7 * found.spread[0]
+    assert found.error[1] < 2.5 * found.noise[1] + 3 / 96

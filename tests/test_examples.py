@@ -140,3 +140,11 @@ def test_lee2017_goes_on_where_it_stopped(tmp_path):
     assert outputs[:2] == outputs[2:]
     assert "rank correlation" in outputs[0] and "Evidence" in outputs[0]
     assert (tmp_path / "lee2017_figure2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_yang2019_draws_four_kernels_and_their_finite_nets(tmp_path):
+    out = run("yang2019.py", tmp_path, "--widths", "8", "32", "--draws", "4")
+    assert out.count("variance of a word") == 5
+    assert out.count("4 draws") == 4
+    for picture in ("yang2019_kernels.png", "yang2019_monte_carlo.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000

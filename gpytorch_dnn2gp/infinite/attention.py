@@ -46,7 +46,7 @@ def _there(x: Tensor, lengths: Tensor | None) -> Tensor | None:
 # ---- modules
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """What the two kinds of attention share: weights of keys, and how these attend to each other.
 
     ``widened`` makes the same layer of another width, for :func:`monte_carlo`.
@@ -88,7 +88,7 @@ class _Attention(nn.Module):
         return f"mechanism={self.mechanism!r}, causal={self.causal}, temperature={self.temperature:g}"
 
 
-class YangAttention(_Attention):
+class YangAttention(Attention):
     """One head with a residual connection, whose keys, queries and values are the same vectors ``k = U x``.
 
     Args:
@@ -109,7 +109,7 @@ class YangAttention(_Attention):
         return keys + self._weights(keys, lengths) @ keys
 
 
-class Mixing(_Attention):
+class Mixing(Attention):
     """The tokens, mixed by their attention weights: the first step of :class:`SelfAttention`."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -294,8 +294,8 @@ class Attended(Linear):
         return first.unsqueeze(-3), second.unsqueeze(-4)
 
 
-def _attention_rule(residual: bool) -> Callable[[_Attention], Attended]:
-    def make(module: _Attention) -> Attended:
+def _attention_rule(residual: bool) -> Callable[[Attention], Attended]:
+    def make(module: Attention) -> Attended:
         trained = _trained(module) if residual else (False, False)
         options = module.mechanism, module.causal, module.temperature, residual
         return Attended(module.keys.in_features, False, trained, 1, *options)

@@ -3,8 +3,8 @@
     NNGP   f f^T / width                              for the outputs f of one draw, as many as the net is wide
     NTK    sum over weights of (df/dw) (df'/dw)       for one output; a weight of variance s counts s times
 
-Both converge to the kernel: the spread of one draw falls as 1/sqrt(width), the bias as 1/width. Of recurrent nets the
-states are compared, which stand for outputs of all readouts: sigma_v^2 h h^T / width.
+Both converge to the kernel: the spread of one draw falls as 1/sqrt(width), the bias as 1/width. Of recurrent
+and batch-normalised nets the states h are compared, which stand for outputs of all readouts: sigma_v^2 h h^T / width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from .. import tiling
 from ..plotting import ALEATORIC, EPISTEMIC, NEUTRAL
-from .kernels import NNGPKernel, NTKKernel
+from .attention import Attention
+from .batchnorm import BatchNormKernel
+from .hyperparameters import InfiniteKernel
+from .kernels import NNGPKernel
 from .program import Program, program_of
 from .recurrent_kernels import RecurrentKernel, recurrent
 from .sequences import unpack
@@ -101,11 +104,11 @@ class MonteCarlo:
 
 
 def monte_carlo(
-    net: nn.Module,
+    net: nn.Module | None,
     x: Tensor,
     width: int | Sequence[int] = (32, 128, 512),
     draws: int = 100,
-    kernel: NNGPKernel | RecurrentKernel | None = None,
+    kernel: InfiniteKernel | BatchNormKernel | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> MonteCarlo:
@@ -113,8 +116,9 @@ def monte_carlo(
 
     Args:
         net: copied, not changed. All its layers with weights get ``width`` units, or channels; its ``forward`` may not
-            assume sizes. Or ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``.
-        x: ``(n, d)``; images flattened, sequences packed, as for the kernel.
+            assume sizes. Or ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``; or a :class:`YangTransformer`, with the kernel
+            :func:`transformer`. None for a :class:`BatchNormKernel`, which is of one net alone.
+        x: ``(n, d)``; images flattened, sequences packed, batches whole, as for the kernel.
         width: one, or several, which show the convergence.
         draws: of all weights, for each width.
         kernel: whose variances are drawn from; an NTK is compared with the gradients of the nets. By default
@@ -133,7 +137,9 @@ def monte_carlo(
         raise ValueError(f"widths and draws must be positive; got width={width}, draws={draws}.")
     if kernel.batch_shape or x.dim() != 2:
         raise ValueError("A batch of kernels or of inputs cannot be compared; take them one by one.")
-    of_width = (_recurrent if isinstance(kernel, RecurrentKernel) else _layered)(net, x, kernel, generator)
+    kinds = {RecurrentKernel: _recurrent, BatchNormKernel: _batch_normed}
+    draws_of = next((draw for kind, draw in kinds.items() if isinstance(kernel, kind)), _layered)
+    of_width = draws_of(net, x, kernel, generator)
     with torch.no_grad():
         exact = kernel(x).to_dense()
     found = []
@@ -147,30 +153,38 @@ Draws = Callable[[], Tensor]  # the kernel of one draw of the weights
 
 
 def _layered(
-    net: nn.Module, x: Tensor, kernel: NNGPKernel, generator: torch.Generator | None
+    net: nn.Module, x: Tensor, kernel: InfiniteKernel, generator: torch.Generator | None
 ) -> Callable[[int], Draws]:
     """Draws of a net of layers, by width."""
-    ntk = isinstance(kernel, NTKKernel)
-    if ntk and kernel.parameterization != "ntk":
+    ntk = kernel._ntk is not None
+    if kernel._ntk == "standard":
         raise ValueError(
             "The NTK in the standard parameterization grows with the width; compare parameterization='ntk'."
         )
     program = program_of(net)
     if program.layers != kernel.layers:
         raise ValueError(f"The kernel is of another net: its layers with weights are {kernel.layers}.")
-    w, b = (v.detach().expand(len(program.layers)) for v in (kernel.weight_variance, kernel.bias_variance))
-    x = x.unflatten(-1, kernel.input_shape) if kernel.input_shape else x
+    w, b = kernel.program.variances({name: getattr(kernel, name).detach() for name in kernel._names})
+    inputs, there = (x.unflatten(-1, kernel.input_shape) if kernel.input_shape else x,), None
+    if kernel.program.input_size is not None:
+        sequences = unpack(x, kernel.program.input_size)
+        inputs, there = (sequences.tokens, sequences.lengths), sequences.mask
+
+    def output(wide: nn.Module) -> Tensor:
+        """``(n, F)``, or ``(n * L, F)`` of all states."""
+        f = wide(*inputs)
+        return (f * there.unsqueeze(-1)).flatten(0, 1) if kernel.program.all_states else f.flatten(1)
 
     def of_width(width: int) -> Draws:
-        wide = _widened(net, program, width, 1 if ntk else width, x).train(kernel.dropout)
+        wide = _widened(net, program, width, 1 if ntk else width, inputs).train(kernel.dropout)
         layers = [wide.get_submodule(step.module) for step in program.steps if step.index is not None]
 
         def estimate() -> Tensor:
             _draw(layers, w, b, generator)
             if ntk:
-                return _ntk(wide, layers, x, w, b)
+                return _ntk(output(wide).flatten(), wide, layers, w, b, kernel._ntk)
             with torch.no_grad():
-                f = wide(x).flatten(1)
+                f = output(wide)
             return f @ f.mT / f.shape[1]
 
         return estimate
@@ -178,14 +192,17 @@ def _layered(
     return of_width
 
 
-def _widened(net: nn.Module, program: Program, width: int, outputs: int, x: Tensor) -> nn.Module:
+def _widened(net: nn.Module, program: Program, width: int, outputs: int, inputs: tuple[Tensor, ...]) -> nn.Module:
     """A copy whose layers are ``width`` wide, its readouts ``outputs``."""
-    readouts = _readouts(program)
+    readouts, x = _readouts(program), inputs[0]
     wide = copy.deepcopy(net).to(x)
     for step in program.steps:
         if step.index is None:
             continue
         old = wide.get_submodule(step.module)
+        if isinstance(old, Attention):
+            wide.set_submodule(step.module, old.widened(width, dtype=x.dtype, device=x.device))
+            continue
         make = next((lazy for kind, lazy in _LAZY.items() if type(old) is kind), None)
         if make is None:
             raise ValueError(
@@ -202,8 +219,8 @@ def _widened(net: nn.Module, program: Program, width: int, outputs: int, x: Tens
             new = nn.GroupNorm(old.num_groups, width, old.eps, old.affine, dtype=x.dtype, device=x.device)
             wide.set_submodule(name, new)
     with torch.no_grad():
-        wide.eval()(x[:1])
-    weights = {step.module for step in program.steps if step.index is not None}
+        wide.eval()(*(a[:1] for a in inputs))
+    weights = {step.module + end for step in program.steps if step.index is not None for end in ("", ".keys")}
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     for name, p in wide.named_parameters():  # those of norms count as fixed
         p.requires_grad_(name in trained and name.rpartition(".")[0] in weights)
@@ -248,16 +265,14 @@ def _draw(layers: list[nn.Module], w: Tensor, b: Tensor, generator: torch.Genera
             layer.bias.normal_(0, 1, generator=generator).mul_(bias.sqrt())
 
 
-def _ntk(wide: nn.Module, layers: list[nn.Module], x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Sum over all weights of the products of their gradients, each times its variance."""
-    scales = {}
+def _ntk(f: Tensor, wide: nn.Module, layers: list[nn.Module], w: Tensor, b: Tensor, parameterization: str) -> Tensor:
+    """Sum over all weights of the products of their gradients, each times its variance, or what it is multiplied by."""
+    scales, plain = {}, parameterization == "plain"
     for layer, weight, bias in zip(layers, w, b):
-        scales[id(layer.weight)] = weight / layer.weight[0].numel()
+        scales[id(layer.weight)] = (1 if plain else weight) / layer.weight[0].numel()
         if layer.bias is not None:
-            scales[id(layer.bias)] = bias
+            scales[id(layer.bias)] = 1 if plain else bias
     parameters = [p for p in wide.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        f = wide(x).flatten()
     return _gradient_products(f, parameters, [scales[id(p)] for p in parameters])
 
 
@@ -339,3 +354,35 @@ def _recurrent(
 def _plain(name: str, p: Tensor) -> float:
     """What a parameter of variance one would be multiplied by, squared; two biases stand for one."""
     return 0.5 if name.startswith("bias") else 1 / p.shape[-1]
+
+
+def _batch_normed(
+    net: None, x: Tensor, kernel: BatchNormKernel, generator: torch.Generator | None
+) -> Callable[[int], Draws]:
+    """Draws of an MLP with batch normalisation, by width; its last activations stand for outputs of all readouts."""
+    batches = [batch for _, batch in kernel._split(x)]
+    v = kernel.readout_variance.detach().to(batches[0])
+
+    def of_width(width: int) -> Draws:
+        layers, norms = [], []
+        for i in range(kernel.depth):
+            layers.append(nn.Linear(width if i else x.shape[1], width, bias=False).to(batches[0]))
+            norms.append(nn.BatchNorm1d(width, eps=1e-12, affine=False, track_running_stats=False))
+        body = nn.Sequential(*(part for pair in zip(layers, norms) for part in (*pair, nn.ReLU())))
+        ones = torch.ones(len(layers)).to(batches[0])
+
+        def estimate() -> Tensor:
+            _draw(layers, ones, ones, generator)
+            if not kernel.ntk:
+                with torch.no_grad():
+                    y = torch.cat([body(batch) for batch in batches])
+                return (v * (y @ y.mT) / width).to(x)
+            y = torch.cat([body(batch) for batch in batches])
+            readout = torch.randn(width, dtype=y.dtype, device=y.device, generator=generator) * v.sqrt()
+            scales = [1 / layer.in_features for layer in layers]
+            hidden = _gradient_products(y @ readout / width**0.5, [layer.weight for layer in layers], scales)
+            return (hidden + v * (y @ y.mT).detach() / width).to(x)
+
+        return estimate
+
+    return of_width

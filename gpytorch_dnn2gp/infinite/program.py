@@ -31,7 +31,7 @@ from .rules import (
     Pool,
     Weighted,
 )
-from .sequences import unpack
+from .sequences import split, unpack
 from .state import Features, Run, State, Within
 
 HOW_TO_ADD = (
@@ -140,8 +140,8 @@ class Program(Recursion):
         """Sequences, from rows of one matrix; their padding repeats the first token, and nothing reads it."""
         if self.input_size is None:
             return x
-        first = unpack(x.x1, self.input_size)
-        second = first if x.x2 is x.x1 else unpack(x.x2, self.input_size)
+        first = split(x.x1, self.input_size)
+        second = first if x.x2 is x.x1 else split(x.x2, self.input_size)
         x.run.masks = first.mask, second.mask
         x1, x2 = (torch.where(s.mask.unsqueeze(-1), s.tokens, s.tokens[..., :1, :]) for s in (first, second))
         return Features(x1, x1 if second is first else x2, tuple(x1.shape[-2:]), x.run)
@@ -185,6 +185,11 @@ class Program(Recursion):
                     values.pop(name, None)
         return values[self.steps[-1].name]
 
+    def variances(self, hyper: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """sigma_w^2 and sigma_b^2 of each layer with weights, ``(*B, L)``, of hyperparameters by name."""
+        pairs = [_of_step(step, hyper) for step in self.steps if step.index is not None]
+        return tuple(torch.stack(values, -1) for values in zip(*pairs))
+
     def describe(self) -> str:
         """A line for each step: its name, what it does, its inputs. The same for the same net in another process."""
         return "\n".join(f"{step.name}: {_label(step.layer)} of {', '.join(step.inputs)}" for step in self.steps)
@@ -192,13 +197,16 @@ class Program(Recursion):
     @staticmethod
     def _apply(step: Step, inputs: list[State | Features], run: Run) -> State | Features:
         if step.index is not None:
-            w, b = (v[..., step.index if v.shape[-1] > 1 else 0] for v in (run.hyper[name] for name in step.hyper))
-            return step.layer(inputs[0], w, b)
+            return step.layer(inputs[0], *_of_step(step, run.hyper))
         if isinstance(inputs[0], Features) and not isinstance(step.layer, Add | Dropout):
             if step.exact is None or (run.masks is not None and getattr(step.layer, "reads_lengths", False)):
                 raise ValueError("it acts on the inputs themselves, which its rule does not say how to do.")
             return inputs[0].map(step.exact)
         return step.layer(*inputs)
+
+
+def _of_step(step: Step, hyper: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(v[..., step.index if v.shape[-1] > 1 else 0] for v in (hyper[name] for name in step.hyper))
 
 
 def _label(layer: Layer) -> str:
