@@ -2,12 +2,14 @@
 
 import copy
 import re
+import warnings
 from pathlib import Path
 
 import gpytorch
 import numpy as np
 import pytest
 import torch
+from botorch.exceptions.warnings import InputDataWarning
 from problems import F64, TokenNet, log_cosh, mlp, problem, randomized
 from safetensors.torch import save_file
 from test_serialization import rewritten
@@ -1301,6 +1303,104 @@ def _(tmp):
 def _(tmp):
     net = torch.nn.Sequential(dnn2gp.infinite.YangAttention(2, 3), torch.nn.Flatten(), torch.nn.Linear(3, 1))
     dnn2gp.infinite.NNGPKernel(net)(torch.ones(2, 2), diag=True)
+
+
+# ---- a surrogate for BoTorch
+
+
+def surrogate(x=None, y=None, yvar=None, width=4, outputs=1, **options):
+    """On six points of two inputs and one outcome, trained for a moment."""
+    x, y = X if x is None else x, Y if y is None else y
+    net = bayesopt.smooth_mlp(2, outputs, widths=(width,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=InputDataWarning)  # these are not scaled
+        return bayesopt.DNN2GPModel(x, y, yvar, net=net, outcome_transform=None, **{"restarts": 1, **options})
+
+
+@case("a batch of training data for a surrogate")
+def _(tmp):
+    surrogate(X.expand(2, -1, -1), Y.expand(2, -1, -1))
+
+
+@case("a surrogate of no data")
+def _(tmp):
+    surrogate(X[:0], Y[:0])
+
+
+@case("fewer outcomes than points for a surrogate")
+def _(tmp):
+    surrogate(X, Y[:5])
+
+
+@case("a surrogate's net of another number of outputs")
+def _(tmp):
+    surrogate(outputs=2)
+
+
+@case("a surrogate of no nets")
+def _(tmp):
+    surrogate(restarts=0)
+
+
+@case("a residual kernel by an unknown name")
+def _(tmp):
+    surrogate(residual_kernel="rbf")
+
+
+@case("a residual kernel for labels")
+def _(tmp):
+    surrogate(y=(Y > 0).double(), loss=Bernoulli(), residual_kernel=gpytorch.kernels.MaternKernel())
+
+
+@case("observed noise of labels")
+def _(tmp):
+    surrogate(y=(Y > 0).double(), yvar=torch.ones_like(Y), loss=Bernoulli())
+
+
+@case("a surrogate's posterior of labels with noise")
+def _(tmp):
+    surrogate(y=(Y > 0).double(), loss=Bernoulli()).posterior(X, observation_noise=True)
+
+
+@case("observation noise of another number of outcomes")
+def _(tmp):
+    surrogate().posterior(X, observation_noise=torch.ones(6, 2, dtype=F64))
+
+
+@case("outcomes that do not fit the points to condition on")
+def _(tmp):
+    surrogate().condition_on_observations(X[:2], Y[:3])
+
+
+@case("noise that differs between elements of a batch of fantasies")
+def _(tmp):
+    noise = torch.tensor([0.1, 0.2], dtype=F64)[:, None, None].expand(2, 6, 1)
+    surrogate().condition_on_observations(X.expand(2, -1, -1), Y.expand(2, -1, -1), noise=noise)
+
+
+@case("a refit without the noise that was observed before")
+def _(tmp):
+    surrogate(yvar=torch.ones_like(Y)).refit(X, Y)
+
+
+@case("a refit of a subset of outcomes")
+def _(tmp):
+    surrogate().subset_output([0]).refit(X, Y)
+
+
+@case("a refit every zero points")
+def _(tmp):
+    bayesopt.RefitWhen(every=0)
+
+
+@case("a refit when the evidence falls by less than nothing")
+def _(tmp):
+    bayesopt.RefitWhen(evidence_falls_by=-1.0)
+
+
+@case("a `state_dict` of another surrogate")
+def _(tmp):
+    surrogate().load_state_dict(surrogate(residual_kernel=None).state_dict())
 
 
 # ---- search

@@ -148,3 +148,12 @@ def test_yang2019_draws_four_kernels_and_their_finite_nets(tmp_path):
     assert out.count("4 draws") == 4
     for picture in ("yang2019_kernels.png", "yang2019_monte_carlo.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_transfer_of_a_pretrained_net(tmp_path):
+    """A kernel of what eight tasks share predicts a ninth better than one that knows nothing."""
+    command = [sys.executable, ROOT / "examples" / "transfer.py", "--evaluations", "1", "--seeds", "1"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ours, theirs = (line.split() for line in run.stdout.splitlines()[-2:])
+    assert float(ours[-2]) < float(theirs[-2])

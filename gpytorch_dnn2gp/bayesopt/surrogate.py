@@ -36,6 +36,7 @@ from linear_operator.operators import DenseLinearOperator
 from torch import Tensor, nn
 
 from ..gp import LaplaceGP
+from ..jacobians import NetFunction
 from ..linearize import Linearization, select_parameters
 from ..losses import Gaussian, Loss
 from ..numerics import NumericalWarning
@@ -139,6 +140,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         self._validate_tensor_args(X=x, Y=y, Yvar=yvar)
         validate_input_scaling(train_X=x, train_Y=y, train_Yvar=yvar, check_nans_only=not regression)
         self._template = self._template_net(net, x.shape[-1]).to(x)
+        self._require_outputs(x)
         if residual_kernel == "matern":
             residual_kernel = matern_residual(x.shape[-1]) if regression else None
         elif isinstance(residual_kernel, str):
@@ -166,6 +168,16 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return net()
+
+    def _require_outputs(self, x: Tensor) -> None:
+        net = copy.deepcopy(self._template).eval()
+        function = NetFunction(net, select_parameters(net, None))
+        with torch.no_grad():
+            outputs = function(function.weight_dict(), x[:1])
+        if outputs.shape[-1] != self._num_outputs:
+            raise BotorchTensorDimensionError(
+                f"The net has {outputs.shape[-1]} outputs, but train_Y has {self._num_outputs} outcomes."
+            )
 
     def _transformed(self, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """The training data as the net sees them; transforms learn from them where they do such a thing."""
