@@ -300,12 +300,12 @@ class GatedRecurrence(Recursion):
         C = self._covariances(v, first.x, first.h) * (first.mask.unsqueeze(-1) & first.mask.unsqueeze(-2))
         variance = C.diagonal(dim1=-2, dim2=-1)
         factor = torch.linalg.cholesky(C + torch.diag_embed(NUGGET * variance + 1e-30))
-        z = factor @ z1.unsqueeze(1)  # (G, P, T, M)
+        z = factor @ z1[..., : self.paths // 2].unsqueeze(1)  # (G, P, T, M / 2): the other half is the same
         states, state = [], None
         for t in range(num_first):
             state = self.unit(dict(zip(self.processes, z[:, :, t])), state)
             states.append(state)
-        first = replace(first, drawn=tuple(torch.stack(s, 1) for s in zip(*states)))
+        first = replace(first, drawn=tuple(torch.stack(s, 1).repeat(1, 1, 2) for s in zip(*states)))
         process = _Process(z2, factor, z1)
         columns, state, memory = [], None, None
         h = torch.zeros_like(x[..., 0])
