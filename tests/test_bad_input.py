@@ -1187,6 +1187,122 @@ def _(tmp):
     dnn2gp.infinite.pack(PADDED, max_length=2)
 
 
+# ---- recurrent nets
+
+
+def rnn(kind=nn.RNN, x=None, structure=None, **options):
+    kernel = dnn2gp.infinite.recurrent(kind(2, 4, **(structure or {})), **options).double()
+    kernel(dnn2gp.infinite.pack(PADDED) if x is None else x).to_dense()
+
+
+@case("a recurrent layer within a net")
+def _(tmp):
+    dnn2gp.infinite.NNGPKernel(nn.Sequential(nn.RNN(2, 4)))
+
+
+@case("a module that is not recurrent")
+def _(tmp):
+    dnn2gp.infinite.recurrent(nn.Linear(2, 4))
+
+
+@case("dropout between recurrent layers")
+def _(tmp):
+    rnn(structure={"num_layers": 2, "dropout": 0.1})
+
+
+@case("several recurrent layers in both directions")
+def _(tmp):
+    rnn(structure={"num_layers": 2, "bidirectional": True})
+
+
+@case("an LSTM with projections")
+def _(tmp):
+    rnn(nn.LSTM, structure={"proj_size": 2})
+
+
+@case("an NTK of gated units")
+def _(tmp):
+    rnn(nn.GRU, kernel="ntk")
+
+
+@case("an NTK of a recurrent module with frozen weights")
+def _(tmp):
+    module = nn.RNN(2, 4)
+    module.weight_hh_l0.requires_grad_(False)
+    dnn2gp.infinite.recurrent(module, kernel="ntk")
+
+
+@case("the standard NTK of a recurrent net")
+def _(tmp):
+    rnn(kernel="ntk", parameterization="standard")
+
+
+@case("a readout of a recurrent net that there is not")
+def _(tmp):
+    rnn(readout="first")
+
+
+@case("a recurrent variance of zero")
+def _(tmp):
+    rnn(recurrent_variance=0.0)
+
+
+@case("a negative variance of recurrent biases")
+def _(tmp):
+    rnn(bias_variance=-0.1)
+
+
+@case("variances for another number of gates")
+def _(tmp):
+    rnn(nn.GRU, input_variance=[1.0, 2.0])
+
+
+@case("a mean of biases for another number of gates")
+def _(tmp):
+    rnn(nn.LSTM, bias_mean=(0.0, 1.0))
+
+
+@case("a mean of biases of nn.RNN")
+def _(tmp):
+    rnn(bias_mean=1.0)
+
+
+@case("an odd number of paths")
+def _(tmp):
+    rnn(nn.GRU, paths=5)
+
+
+@case("a reset gate at another place")
+def _(tmp):
+    dnn2gp.infinite.gru(2, reset="within")
+
+
+@case("a prior of a hyperparameter that there is not")
+def _(tmp):
+    rnn(priors={"lengthscale": gpytorch.priors.GammaPrior(1.0, 1.0)})
+
+
+@case("tokens of another size for a recurrent net")
+def _(tmp):
+    dnn2gp.infinite.simple_rnn(4).double()(dnn2gp.infinite.pack(PADDED)).to_dense()
+
+
+@case("a length beyond the tokens, for a recurrent net")
+def _(tmp):
+    rnn(x=with_entry(dnn2gp.infinite.pack(PADDED), (1, -1), 4.0))
+
+
+@case("a sequence too long for paths")
+def _(tmp):
+    rnn(nn.LSTM, x=dnn2gp.infinite.pack(torch.ones(1, 3000, 2, dtype=F64)))
+
+
+@case("Monte Carlo with the kernel of another recurrent net")
+def _(tmp):
+    kernel = dnn2gp.infinite.recurrent(nn.LSTM(2, 4)).double()
+    dnn2gp.infinite.monte_carlo(nn.GRU(2, 4), dnn2gp.infinite.pack(PADDED), kernel=kernel)
+
+
 # ---- batch normalisation at infinite width
 
 BATCHES = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i), dtype=F64) for i in range(2)]

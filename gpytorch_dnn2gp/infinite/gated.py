@@ -44,8 +44,6 @@ def nodes(dimensions: int, paths: int, rule: int = 0) -> Tensor:
 
     The first dimensions are the same whatever their number. ``rule`` makes another shift.
     """
-    if dimensions > MAX_DIMENSIONS:
-        raise ValueError(f"Sequences are too long: paths would have {dimensions} dimensions, over {MAX_DIMENSIONS}.")
     bits = 30
     generator = torch.Generator().manual_seed(rule)
     shifts = torch.randint(2**bits, (MAX_DIMENSIONS,), generator=generator)[:dimensions]
@@ -192,8 +190,14 @@ class GatedRecurrence(Recursion):
         return repr(self)
 
     def require_inputs(self, x: Tensor) -> None:
-        """Packed sequences."""
-        unpack(x, self.input_size)
+        """Packed sequences, not too long."""
+        length = unpack(x, self.input_size).mask.shape[-1]
+        most = MAX_DIMENSIONS // (2 * len(self.processes))
+        if length > most:
+            raise ValueError(
+                f"Sequences of {length} tokens are too long for paths of gates, which take {most} at most. Pool tokens, or "
+                "take a simple RNN, which needs no paths."
+            )
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """L with ``readout="all"``."""

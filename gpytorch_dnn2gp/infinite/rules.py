@@ -792,6 +792,7 @@ for _kind, _why in {
     nn.modules.pooling._MaxPoolNd: _MAXIMUM,
     nn.modules.pooling._AdaptiveMaxPoolNd: _MAXIMUM,
     nn.Softmax: "a softmax over channels is no activation of single units",
+    nn.RNNBase: "infinite.recurrent makes the kernel of a recurrent module, with a readout",
     nn.Embedding: "it takes tokens; pass vectors instead",
 }.items():
     NO_RULE[_kind] = _why
