@@ -195,8 +195,8 @@ class GatedRecurrence(Recursion):
         most = MAX_DIMENSIONS // (2 * len(self.processes))
         if length > most:
             raise ValueError(
-                f"Sequences of {length} tokens are too long for paths of gates, which take {most} at most. Pool tokens, or "
-                "take a simple RNN, which needs no paths."
+                f"Sequences of {length} tokens are too long for paths of gates, which take {most} at most. Pool "
+                "tokens, or take a simple RNN, which needs no paths."
             )
 
     def rows(self, shape: tuple[int, ...]) -> int:
