@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
@@ -140,3 +142,21 @@ def test_bayesopt_speed(tmp_path):
     assert "laplace-bayesopt left out" in out and "condition (s)" in out
     rows = [line for line in out.splitlines() if line.startswith(("ours", "SingleTaskGP"))]
     assert len(rows) == 3 and all(0 < float(row.split()[-1]) < 10 for row in rows)
+
+
+def test_recurrent_kernels(script, tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    cost = script("recurrent_cost")
+    monkeypatch.setattr(cost, "PATHS", 64)
+    for name in cost.KERNELS:
+        cost.measure(name, 3, 4, threads)
+        assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    picture = tmp_path / "picture.png"
+    options = ["--widths", "8", "16", "--draws", "2", "--threads", str(threads), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["recurrent_monte_carlo.py", *options])
+    script("recurrent_monte_carlo").main()
+    assert "nn.LSTM" in capsys.readouterr().out and picture.stat().st_size > 10_000
+    use = script("recurrent_use")
+    use.digits(40, 2)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "state" in line]
+    assert len(rows) == 4 and all(0.3 < float(row.split("state")[1].split()[2]) <= 1 for row in rows)
