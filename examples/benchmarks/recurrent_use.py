@@ -1,8 +1,8 @@
 """Real sequences: recurrent kernels whose sigmas the evidence chooses, beside an RBF kernel on the same inputs.
 
 Digits of scikit-learn, read row by row: eight tokens of eight numbers, ten classes by regression. Atmospheric CO2 at
-Mauna Loa: the last 24 months, as a sequence of one number each, foretell the mean of a month half a year ahead; trained on
-the months before 1990, scored on those after. Hyperparameters of all kernels are fitted alike, by L-BFGS on the
+Mauna Loa: the last 24 months, as a sequence of one number each, foretell the mean of a month half a year ahead; trained
+on the months before 1990, scored on those after. Hyperparameters of all kernels are fitted alike, by L-BFGS on the
 evidence of the training data; the RBF kernels see the same numbers as one vector.
 
     python examples/benchmarks/recurrent_use.py [--data FOLDER] [--train 400]
