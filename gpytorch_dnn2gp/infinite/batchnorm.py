@@ -27,14 +27,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import tiling
-from ..numerics import in_plain_mode, require_finite, require_like, require_positive
-from .hyperparameters import _Getter, _same_inputs, _Setter, positive
+from ..numerics import in_plain_mode, require_finite, require_like
+from .hyperparameters import Hyperparameter, HyperparameterKernel, as_tensors, same_inputs
 from .integrals import Rectifier, safe_inverse, safe_sqrt
 
 _RELU = Rectifier()
@@ -199,7 +198,7 @@ def _summed(part: Callable[[slice], tuple[Tensor, ...]], count: int, size: int, 
 # ---- the kernel
 
 
-class BatchNormKernel(Kernel):
+class BatchNormKernel(HyperparameterKernel):
     """NNGP or NTK of a ReLU MLP with batch normalisation, in train mode: between whole batches, not between points.
 
     What the net says of an input depends on the batch that it comes in, and so does the covariance of two inputs: on
@@ -226,8 +225,7 @@ class BatchNormKernel(Kernel):
     a batch, centred, span one dimension, up to 1e-7.
     """
 
-    has_lengthscale = False
-    is_stationary = False
+    readout_variance = Hyperparameter("sigma_v^2: the output is <v, x>, v ~ N(0, sigma_v^2 / width).")
 
     def __init__(
         self,
@@ -242,11 +240,13 @@ class BatchNormKernel(Kernel):
         batch_shape: torch.Size | None = None,
         **kwargs,
     ) -> None:
-        super().__init__(batch_shape=torch.Size(batch_shape or ()), **kwargs)
+        super().__init__(batch_shape, **kwargs)
+        batches = [batches] if isinstance(batches, Tensor) else list(batches)
+        (variance,) = as_tensors(readout_variance, like=batches)
+        self._register("readout_variance", variance, 1, readout_variance_constraint, readout_variance_prior)
         self.depth, self.ntk, self.progress = depth, ntk, progress
-        self._register(readout_variance, readout_variance_constraint or positive(), readout_variance_prior, batches)
         self.num_batches = 0
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
+        for batch in batches:
             self.add_batch(batch)
         if not self.num_batches:
             raise ValueError("There are no reference batches; give one at least.")
@@ -287,7 +287,7 @@ class BatchNormKernel(Kernel):
             raise RuntimeError("BatchNormKernel does not accept last_dim_is_batch: a net reads all dimensions at once.")
         for x in (x1, x2):
             require_like(x, self.batch_0, "x", "the reference batches")
-        same = _same_inputs(x1, x2)
+        same = same_inputs(x1, x2)
         recorded = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
         shared = same or not recorded  # whether equal batches of either side are one
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], self.batch_shape)
@@ -359,35 +359,6 @@ class BatchNormKernel(Kernel):
         for (K1, _), (K2, _) in zip(first[:-1], second[:-1]):
             state = _after(*across(K1, K2, *state))
         return state
-
-    # ---- the hyperparameter
-
-    def _register(self, value: float | Tensor, constraint: Interval, prior: Prior | None, batches) -> None:
-        first = batches if isinstance(batches, Tensor) else next(iter(batches), None)
-        dtype = first.dtype if isinstance(first, Tensor) else torch.get_default_dtype()
-        raw = nn.Parameter(torch.zeros(*self.batch_shape, 1, dtype=dtype))
-        self.register_parameter("raw_readout_variance", raw)
-        self.register_constraint("raw_readout_variance", constraint)
-        self.readout_variance = value
-        if prior is not None:
-            self.register_prior(
-                "readout_variance_prior", prior, _Getter("readout_variance"), _Setter("readout_variance")
-            )
-
-    @property
-    def readout_variance(self) -> Tensor:
-        """sigma_v^2, ``(*batch_shape, 1)``."""
-        return self.raw_readout_variance_constraint.transform(self.raw_readout_variance)
-
-    @readout_variance.setter
-    def readout_variance(self, value: float | Tensor) -> None:
-        raw = self.raw_readout_variance
-        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
-        require_positive(value, "readout_variance")
-        value = value.unsqueeze(-1) if 0 < value.dim() <= len(self.batch_shape) else value
-        self.initialize(
-            raw_readout_variance=self.raw_readout_variance_constraint.inverse_transform(value.expand(raw.shape))
-        )
 
     def extra_repr(self) -> str:
         """Depth and batches."""

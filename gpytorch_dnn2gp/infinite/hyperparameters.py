@@ -34,7 +34,7 @@ def any_number() -> Interval:
 class Hyperparameter:
     """An attribute of a kernel, ``(*batch_shape, count)``: read it, set it, learn it.
 
-    The parameter behind it is ``raw_<name>``, made by :meth:`InfiniteKernel._register`.
+    The parameter behind it is ``raw_<name>``, made by :meth:`HyperparameterKernel._register`.
 
     Args:
         doc: its meaning.
@@ -50,13 +50,13 @@ class Hyperparameter:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, kernel: InfiniteKernel | None, owner: type | None = None) -> Tensor | Hyperparameter:
+    def __get__(self, kernel: HyperparameterKernel | None, owner: type | None = None) -> Tensor | Hyperparameter:
         if kernel is None:
             return self
         raw = getattr(kernel, f"raw_{self.name}")
         return getattr(kernel, f"raw_{self.name}_constraint").transform(raw)
 
-    def __set__(self, kernel: InfiniteKernel, value: Numbers) -> None:
+    def __set__(self, kernel: HyperparameterKernel, value: Numbers) -> None:
         raw = getattr(kernel, f"raw_{self.name}")
         value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
         require_finite(value.detach(), self.name)
@@ -74,40 +74,14 @@ class Hyperparameter:
         kernel.initialize(**{f"raw_{self.name}": constraint.inverse_transform(value)})
 
 
-class InfiniteKernel(Kernel):
-    """A kernel that is made by a :class:`matrix.Recursion`.
-
-    Subclasses declare each :class:`Hyperparameter` in their body and register it in ``__init__``; the recursion finds
-    them in ``run.hyper``, by name.
-
-    Args:
-        recursion: what computes blocks of the matrix.
-        input_shape: of one input, as the recursion sees it; inputs travel flattened.
-        ntk: None for the NNGP, else the parameterisation.
-        dropout: whether masks of dropout layers are drawn.
-        progress: True, False, or None for a bar on terminals, in long work only.
-        batch_shape: of hyperparameters.
-        kwargs: of ``gpytorch.kernels.Kernel``, such as ``active_dims``.
-    """
+class HyperparameterKernel(Kernel):
+    """A kernel whose subclasses declare each :class:`Hyperparameter` in their body and register it in ``__init__``."""
 
     has_lengthscale = False
     is_stationary = False
 
-    def __init__(
-        self,
-        recursion: Recursion,
-        *,
-        input_shape: Sequence[int] | None = None,
-        ntk: str | None = None,
-        dropout: bool = False,
-        progress: bool | None = None,
-        batch_shape: torch.Size | None = None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, batch_shape: torch.Size | None = None, **kwargs) -> None:
         super().__init__(batch_shape=torch.Size() if batch_shape is None else torch.Size(batch_shape), **kwargs)
-        self.program = recursion
-        self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
-        self.dropout, self.progress, self._ntk = dropout, progress, ntk
         self._names: tuple[str, ...] = ()
 
     def _register(
@@ -132,6 +106,45 @@ class InfiniteKernel(Kernel):
     def _raw(self) -> Tensor:
         return getattr(self, f"raw_{self._names[0]}")
 
+    def _apply(self, fn, *args, **kwargs):
+        dtype = fn(self._raw.detach().flatten()[:0]).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{type(self).__name__} cannot be {dtype}, too coarse: keep float32 or float64.")
+        return super()._apply(fn, *args, **kwargs)
+
+
+class InfiniteKernel(HyperparameterKernel):
+    """A kernel that is made by a :class:`matrix.Recursion`.
+
+    Subclasses declare each :class:`Hyperparameter` in their body and register it in ``__init__``; the recursion finds
+    them in ``run.hyper``, by name.
+
+    Args:
+        recursion: what computes blocks of the matrix.
+        input_shape: of one input, as the recursion sees it; inputs travel flattened.
+        ntk: None for the NNGP, else the parameterisation.
+        dropout: whether masks of dropout layers are drawn.
+        progress: True, False, or None for a bar on terminals, in long work only.
+        batch_shape: of hyperparameters.
+        kwargs: of ``gpytorch.kernels.Kernel``, such as ``active_dims``.
+    """
+
+    def __init__(
+        self,
+        recursion: Recursion,
+        *,
+        input_shape: Sequence[int] | None = None,
+        ntk: str | None = None,
+        dropout: bool = False,
+        progress: bool | None = None,
+        batch_shape: torch.Size | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(batch_shape, **kwargs)
+        self.program = recursion
+        self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
+        self.dropout, self.progress, self._ntk = dropout, progress, ntk
+
     @in_plain_mode
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params) -> Tensor:
         """See ``gpytorch.kernels.Kernel.forward``."""
@@ -139,7 +152,7 @@ class InfiniteKernel(Kernel):
             raise RuntimeError(
                 f"{type(self).__name__} does not accept last_dim_is_batch: a net reads all dimensions at once."
             )
-        same = _same_inputs(x1, x2)
+        same = same_inputs(x1, x2)
         for x in (x1,) if same else (x1, x2):
             self._require_inputs(x)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], self.batch_shape)
@@ -176,12 +189,6 @@ class InfiniteKernel(Kernel):
         if size not in (None, x.shape[-1]):
             raise ValueError(f"Inputs have {x.shape[-1]} numbers each, but input_shape {self.input_shape} has {size}.")
 
-    def _apply(self, fn, *args, **kwargs):
-        dtype = fn(self._raw.detach().flatten()[:0]).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{type(self).__name__} cannot be {dtype}, too coarse: keep float32 or float64.")
-        return super()._apply(fn, *args, **kwargs)
-
 
 def as_tensors(*values: Numbers, like: Sequence[Tensor] = ()) -> list[Tensor]:
     """Numbers as tensors of one dtype: float64 where any of them, or of ``like``, is; else the default dtype."""
@@ -196,16 +203,16 @@ class _Getter:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, kernel: InfiniteKernel) -> Tensor:
+    def __call__(self, kernel: HyperparameterKernel) -> Tensor:
         return getattr(kernel, self.name)
 
 
 class _Setter(_Getter):
-    def __call__(self, kernel: InfiniteKernel, value: Tensor) -> None:
+    def __call__(self, kernel: HyperparameterKernel, value: Tensor) -> None:
         setattr(kernel, self.name, value)
 
 
-def _same_inputs(x1: Tensor, x2: Tensor) -> bool:
+def same_inputs(x1: Tensor, x2: Tensor) -> bool:
     """Whether one side may stand for both, so that derivatives come out right too."""
     if x1 is x2:
         return True
