@@ -91,6 +91,24 @@ def test_fantasies_have_the_shapes_of_single_task_gps(model):
     assert ours.posterior(z).mean.shape == theirs.posterior(z).mean.shape == (4, 5, 3, model.num_outputs)
 
 
+def test_fantasies_of_fantasies_and_conditioned_fantasies(model):
+    """Shapes as of SingleTaskGP; the same as all at once."""
+    m, other = model.num_outputs, SingleTaskGP(*data(m=model.num_outputs))
+    x, z = torch.rand(5, 1, 2, dtype=torch.float64), torch.rand(5, 2, 2, dtype=torch.float64)
+    shapes = []
+    for each in (model, other):
+        first = each.fantasize(x, SobolQMCNormalSampler(torch.Size([4]), seed=0))
+        second = first.fantasize(z.expand(4, -1, -1, -1), SobolQMCNormalSampler(torch.Size([3]), seed=0))
+        third = first.condition_on_observations(z.expand(4, -1, -1, -1), torch.rand(4, 5, 2, m, dtype=torch.float64))
+        shapes.append([(f.batch_shape, f.posterior(x).mean.shape) for f in (first, second, third)])
+    assert shapes[0] == shapes[1]
+    y = torch.rand(5, 3, m, dtype=torch.float64)
+    once = model.condition_on_observations(torch.cat([x, z], 1), y).posterior(x)
+    twice = model.condition_on_observations(x, y[:, :1]).condition_on_observations(z, y[:, 1:]).posterior(x)
+    torch.testing.assert_close(once.mean, twice.mean)
+    torch.testing.assert_close(dense(once), dense(twice))
+
+
 def test_state_copies_and_pickles(model):
     z = torch.rand(4, 2, dtype=torch.float64)
     expected = model.posterior(z)
