@@ -8,12 +8,14 @@
 #   make fuzz SEEDS=0:10000                  other random nets
 #   make bench PEERS="--laplace-python ..."  with our peers; examples/benchmarks/grams.py says how
 #   make bench WIDE_PEER="--peer-python ..." with neural-tangents; examples/benchmarks/infinite_width.py says how
+#   make bench BAYESOPT_PEER="--peer-python ..." with laplace-bayesopt; contenders/laplace_bayesopt.txt is its environment
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 PEERS ?=
 WIDE_PEER ?=
+BAYESOPT_PEER ?=
 SEEDS ?= 0:640
 
 VENV := .venv
@@ -52,6 +54,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/evidence_gradient.py
 	$(BIN)/python examples/benchmarks/vogn_mnist.py
 	$(BIN)/python examples/benchmarks/infinite_width.py $(WIDE_PEER)
+	$(BIN)/python examples/benchmarks/bayesopt_speed.py $(BAYESOPT_PEER)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

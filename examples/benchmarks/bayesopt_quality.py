@@ -7,7 +7,8 @@
 Every method starts from the same scrambled Sobol points, fits its model anew after each evaluation, with defaults, and
 goes where LogEI is largest (for two objectives qLogNEHVI). The functions have no noise. What counts is the simple
 regret after the last evaluation, for two objectives the missing hypervolume; methods are ranked by it for each function
-and seed. Finished runs are kept in the CSV of --output, and not run again.
+and seed. Finished runs are kept in the CSV of --output, and not run again. --peer-python names the Python of an
+environment as contenders/laplace_bayesopt.txt pins it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ the root mean squared error on 1,000 other points, in standard deviations, so th
     acqf         optimize_acqf of LogEI, 10 restarts from the best of 512 points, with the fitted model
     condition    condition_on_observations on one new point, and the posterior there
 
-Times are medians; --peer-python names the Python of an environment with laplace-bayesopt, which is left out without it.
+Times are medians; --peer-python names the Python of an environment with laplace-bayesopt (contenders/
+laplace_bayesopt.txt), which is left out without it.
 """
 
 from __future__ import annotations
