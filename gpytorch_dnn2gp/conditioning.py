@@ -9,6 +9,9 @@ With base covariance ``C`` and base shift ``s(x) = J(x) Sigma g`` (solvers.py), 
     cov    C'(x,x')  = C(x,x') - C(x,X) R B^-1 R^T C(X,x')
     log|I + R^T k R| = base + log|B|
 
+Where there are more added rows than weights, q K > P, and the base is in weight space, so is the result: ``J^T D J``
+and ``J^T v`` of the added rows join those of the base.
+
 With ``diag(J^T D J)`` in place of the matrix ("diagonal" structure) the added rows' diagonal is added to it instead.
 
 This is exact for the linear model: the posterior that all data together would have given, at the cost of the added
@@ -23,11 +26,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from .laplace import Splitting
+from .laplace import Splitting, curvature
 from .linearize import Rows
 from .numerics import cholesky, log_det_from_cholesky, symmetrize
-from .solvers import DiagonalPosterior, Posterior
-from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian
+from .solvers import DiagonalPosterior, Posterior, WeightSpacePosterior, in_whitened_weights, scales_of_sums
+from .weights import DiagonalGaussian, GaussianWeights, ImplicitGaussian, scale_rows
 
 
 def condition(base: Posterior, rows: Rows, splitting: Splitting) -> Conditioned:
@@ -38,8 +41,20 @@ def condition(base: Posterior, rows: Rows, splitting: Splitting) -> Conditioned:
         rows: their rows J(X), batch shape ``(b..., q)``.
         splitting: with outputs and labels of the batch shape of the labels, ``(f..., b..., q, K)``.
     """
-    kind = ConditionedDiagonal if isinstance(base, DiagonalPosterior) else ConditionedPosterior
-    return kind(base, rows, splitting)
+    if isinstance(base, DiagonalPosterior):
+        return ConditionedDiagonal(base, rows, splitting)
+    if isinstance(base, WeightSpacePosterior) and _is_plain(rows, splitting):
+        if rows.num_examples * rows.num_rows > rows.num_weights:
+            return ConditionedWeights(base, rows, splitting)
+    return ConditionedPosterior(base, rows, splitting)
+
+
+def _is_plain(rows: Rows, splitting: Splitting) -> bool:
+    """One set of rows and labels, nothing to differentiate in: sums are taken of it once, for any noise."""
+    one = splitting.features == "jacobian" and splitting.f.dim() == 2 and len(rows.batch_shape) == 1
+    noise = splitting.unit().loss.noise
+    given = (rows.x, splitting.f, splitting.y) if noise is None else (rows.x, splitting.f, splitting.y, noise)
+    return one and not any(t.requires_grad for t in given)
 
 
 def _label_free(splitting: Splitting, rows: Rows) -> Splitting:
@@ -151,6 +166,21 @@ class ConditionedPosterior(Conditioned):
 
     def _require_no_batch(self) -> None:
         _require_no_batch(self._dual.shape[:-2])
+
+
+class ConditionedWeights(WeightSpacePosterior, Conditioned):
+    """The same in weight space, P x P; see :func:`condition`. Differentiable in delta and sigma."""
+
+    def __init__(self, base: WeightSpacePosterior, rows: Rows, splitting: Splitting) -> None:
+        first_scale, second_scale = scales_of_sums(splitting)
+        seconds, firsts = curvature(rows, splitting.unit(), per_row=len(first_scale) > 1)
+        second, first = torch.einsum("c,cpq->pq", second_scale, seconds), first_scale @ firsts
+        a = base.factor @ base.factor.mT + in_whitened_weights(second, base.scale)
+        super().__init__(base.scale, a, base.gradient + scale_rows(first, base.scale))
+        self._base_step = base.step
+
+    def added_shift(self, rows: Rows) -> Tensor:
+        return rows.matmul(self.step - self._base_step).unflatten(-2, rows.batch_shape)
 
 
 class ConditionedDiagonal(Conditioned):

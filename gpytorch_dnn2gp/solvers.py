@@ -165,21 +165,34 @@ class WeightSpace(Solver):
         self.second, self.first = curvature(self.rows, unit, per_row=num_sums > 1, progress=progress)
 
     def posterior(self, prior: Prior, splitting: Splitting) -> Posterior:
-        return _WeightSpacePosterior(self, prior, splitting)
-
-
-class _WeightSpacePosterior(Posterior):
-    def __init__(self, solver: WeightSpace, prior: Prior, splitting: Splitting) -> None:
-        first_scale, second_scale = _scales(splitting)
-        self.scale = prior.scale
-        second = torch.einsum("c,cpq->pq", second_scale, solver.second)
-        a = symmetrize(scale_rows(scale_rows(second, self.scale).mT, self.scale))
+        first_scale, second_scale = scales_of_sums(splitting)
+        second = torch.einsum("c,cpq->pq", second_scale, self.second)
+        g = first_scale @ self.first + prior.precision_matmul(self.w)
+        a = in_whitened_weights(second, prior.scale)
         a = a + torch.eye(len(a), dtype=a.dtype, device=a.device)
+        return WeightSpacePosterior(prior.scale, a, scale_rows(g, prior.scale))
+
+
+def in_whitened_weights(second: Tensor, scale: Tensor) -> Tensor:
+    """``F^T J^T D J F``, symmetric, for ``J^T D J`` ``(P, P)`` and ``S0 = F F^T``."""
+    return symmetrize(scale_rows(scale_rows(second, scale).mT, scale))
+
+
+class WeightSpacePosterior(Posterior):
+    """``Sigma = F A^-1 F^T`` with ``A = I + F^T J^T D J F``, ``S0 = F F^T``.
+
+    Args:
+        scale: F, its diagonal ``(P,)``, or lower triangular ``(P, P)``.
+        a: A, ``(P, P)``.
+        gradient: ``F^T g``, ``(P,)``.
+    """
+
+    def __init__(self, scale: Tensor, a: Tensor, gradient: Tensor) -> None:
+        self.scale, self.gradient = scale, gradient
         self.factor = cholesky(a, "The weight-space matrix I + S^1/2 J^T Lambda J S^1/2")
         self._log_det = log_det(a, self.factor)
         warn_if_inaccurate(a, self.factor, "The weight-space matrix")
-        g = first_scale @ solver.first + prior.precision_matmul(solver.w)
-        white = torch.linalg.solve_triangular(self.factor, scale_rows(g, self.scale)[:, None], upper=False)
+        white = torch.linalg.solve_triangular(self.factor, gradient[:, None], upper=False)
         self.newton_decrement = white.square().sum()
         self._step = color(torch.linalg.solve_triangular(self.factor.mT, white, upper=True)[:, 0], self.scale)
 
@@ -521,7 +534,7 @@ class DiagonalPosterior(Posterior):
     """``Sigma = diag(variance)``, ``1 / variance = diag(U^T D U) + 1 / S``, ``(P,)``."""
 
     def __init__(self, solver: Diagonal, prior: Prior, splitting: Splitting) -> None:
-        first_scale, second_scale = _scales(splitting)
+        first_scale, second_scale = scales_of_sums(splitting)
         second = second_scale @ solver.second
         self.variance = 1 / (second + 1 / prior.variance)
         self._log_det = torch.log1p(prior.variance * second).sum()
@@ -645,7 +658,7 @@ def _whitened(rows: Rows, splitting: Splitting) -> tuple[Callable[[Tensor], Tens
     return matmul, rmatmul
 
 
-def _scales(splitting: Splitting) -> tuple[Tensor, Tensor]:
+def scales_of_sums(splitting: Splitting) -> tuple[Tensor, Tensor]:
     """What the sums of v and of D at unit noise are multiplied by, each ``(C,)``."""
     scale = splitting.noise_scale
     second = scale.square() if splitting.features == "gradient" else scale
@@ -742,7 +755,7 @@ class SpectralPosterior:
 
     def __init__(self, spectrum: Spectrum, delta: Tensor, splitting: Splitting) -> None:
         self.spectrum, self.delta = spectrum, delta
-        self.first_scale, self.second_scale = (scale[0] for scale in _scales(splitting))
+        self.first_scale, self.second_scale = (scale[0] for scale in scales_of_sums(splitting))
 
     @property
     def log_det(self) -> Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpytorch_dnn2gp import training
+
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
@@ -91,28 +93,67 @@ def test_tables_say_that_data_are_missing(script):
         script("tables").uci(None, "yacht", 0)
 
 
-def test_uci_evidence(script, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def few(script, monkeypatch):
+    """The scripts' data and training, cut to what takes a second."""
+    tables = script("tables")
+    original = tables.uci
+
+    def shorter(*arguments):
+        split = original(*arguments)
+        return tables.Split(split.x[:60], split.y[:60], split.test_x, split.test_y, split.scale)
+
+    monkeypatch.setattr(tables, "uci", shorter)
+    monkeypatch.setattr(training, "MAX_SETTLING", 1)
+    return {"every": 50, "max_iterations": 50, "evidence_iterations": 2}
+
+
+def test_uci_evidence(script, few, tmp_path, monkeypatch, capsys):
     uci = script("uci_evidence")
     monkeypatch.setattr(uci, "EVALUATIONS", 60)
+    monkeypatch.setattr(uci, "ONLINE", few)
     monkeypatch.setattr(uci, "GRID", [0.1, 10.0])
-    methods = ["post hoc", "layerwise", "cv", "rbf"]
+    methods = ["post hoc", "average", "cv", "rbf"]
     command = ["uci_evidence.py", "--results", str(tmp_path), "--sets", "diabetes", "--splits", "1", "--methods"]
     monkeypatch.setattr(sys, "argv", [*command, *methods])
     uci.main()
     rows = uci.Table(tmp_path / "uci_evidence.csv", uci.KEY, uci.COLUMNS).rows
     assert [row["method"] for row in rows] == methods
     for row in rows:  # the labels have a standard deviation of 77
-        assert 4.5 < float(row["nll"]) < 8 and 40 < float(row["rmse"]) < 110 and float(row["coverage"]) > 0.7, row
+        assert 4.5 < float(row["nll"]) < 9 and 40 < float(row["rmse"]) < 150 and float(row["coverage"]) > 0.4, row
     assert "| diabetes (1) |" in capsys.readouterr().out
 
 
-def test_conditioning(script, monkeypatch):
+def test_conditioning(script, few, monkeypatch):
     study = script("conditioning")
     monkeypatch.setitem(study.OPTIONS, "max_iterations", 100)
-    split = study.data(None, "diabetes", 0)
-    found = study.study(split, width=5)
-    assert found["rows"] == 398
-    assert all(0.5 < found[f"nll {stage}"] < 3 for stage in study.STAGES), found
+    found = study.study(study.data(None, "diabetes", 0), width=5)
+    assert found["rows"] == 60
+    assert all(0.5 < found[f"nll {stage}"] < 10 for stage in study.STAGES), found
+
+
+def test_classification(script):
+    classes = script("classification")
+    problem = classes.small(None, "breast cancer", 0)
+    found = {}
+    for method in ("net", "temperature", "probit evidence", "both held-out", "last layer held-out"):
+        labels, _ = classes.by_us(problem, method, {"test": problem.test[0], "other": 3 * problem.test[0]})
+        found[method] = classes.scores(labels, problem.test[1])
+    assert all(row["accuracy"] > 0.9 and row["nll"] < 0.4 for row in found.values()), found
+    assert 0 <= found["probit evidence"]["other variance"] <= 1 and "other variance" not in found["net"]
+
+
+def test_approximations(script, few, tmp_path, monkeypatch):
+    study = script("approximations")
+    monkeypatch.setattr(study, "EVALUATIONS", 100)
+    monkeypatch.setitem(study.EPOCHS, "swag", 10)
+    table = study.Table(tmp_path / "a.csv", study.KEY, study.COLUMNS)
+    for method in ("net", "last layer", "swag"):
+        job = {"set": "diabetes", "split": 0, "method": method}
+        table.add(job, study.work(None, 1, job))
+    assert all(np.isfinite(table.values("nll")))
+    study.report(table, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def bayesopt_benchmark(name, folder, *options):

@@ -9,6 +9,7 @@ from oracle import assert_close
 from torch.autograd import gradcheck
 
 import gpytorch_dnn2gp as dnn2gp
+from gpytorch_dnn2gp import conditioning
 
 F64 = torch.float64
 SETTINGS = [
@@ -87,6 +88,37 @@ def check_conditioned_is_rebuilt(loss_name, setting):
         assert_close(conditioned.dual_data().targets, full.dual_data().targets)
     # and the GP it came from is as before
     assert_same_posterior(gp, dnn2gp.LaplaceGP(net, x[:N], y[:N], loss, 0.7, **setting), x_test, tol=0.0)
+
+
+@pytest.mark.parametrize("loss_name", ["gaussian", "categorical", "heteroscedastic"])
+def test_more_added_rows_than_weights(loss_name, monkeypatch):
+    """The result is in weight space then, and the same."""
+    loss, net, x, y, x_test = problem(loss_name)
+    repeats = 4
+    more_x = torch.randn(repeats * N, DIM, dtype=F64)
+    more_y = y[:N].repeat(repeats, *[1] * (y.dim() - 1))
+    gp = dnn2gp.LaplaceGP(net, x, y, loss, [0.7, 0.5, 0.4, 0.6], solver="weight_space")
+    wide = gp.condition_on(more_x, more_y)
+    assert isinstance(wide.posterior(), conditioning.ConditionedWeights)
+    monkeypatch.setattr(conditioning, "_is_plain", lambda *_: False)
+    other = gp.condition_on(more_x, more_y)
+    assert isinstance(other.posterior(), conditioning.ConditionedPosterior)
+    assert_same_posterior(wide, other, x_test)
+    for mean in ("network", "posterior"):
+        assert_close(wide.predict(x_test, mean=mean).mean, other.predict(x_test, mean=mean).mean, 1e-8)
+    evidences = [gp.log_evidence() for gp in (wide, other)]
+    assert_close(*(e.detach() for e in evidences), 1e-9)
+    for gradients in zip(
+        *(
+            torch.autograd.grad(e, [p for p in gp.parameters() if p.requires_grad])
+            for e, gp in zip(evidences, (wide, other))
+        )
+    ):
+        assert_close(*gradients, 1e-8)
+    a, b = wide.weight_posterior(), other.weight_posterior()
+    assert_close(a.mean, b.mean, 1e-8)
+    assert_close(a.covariance(), b.covariance(), 1e-8)
+    assert abs(wide.stationarity().newton_decrement / other.stationarity().newton_decrement - 1) < 1e-7
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=IDS)

@@ -42,7 +42,7 @@ COLUMNS = (
     *("cpu_seconds", "seconds", "rows"),
 )
 START = {"delta": 1.0, "sigma": 0.3}
-OPTIONS = {"every": 100, "max_iterations": 1000, "progress": False}
+OPTIONS = {"every": 100, "max_iterations": 500, "evidence_iterations": 8, "progress": False}
 
 
 def data(folder: Path | None, name: str, split: int) -> Split:

@@ -10,11 +10,14 @@ markdown, mean_and_error, ranks    what is printed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import importlib.util
 import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -219,6 +222,28 @@ def head(arguments: argparse.Namespace, peer: Peer | None) -> None:
 
 
 # ---- peers
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported here; says so where not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{package} is not installed: left out")
+    return found
+
+
+def contenders() -> None:
+    """Make nets.py and the others of contenders/ importable here too."""
+    sys.path.insert(0, str(HERE / "contenders"))
+
+
+def peer(arguments: argparse.Namespace, script: str, stack: contextlib.ExitStack) -> Peer | None:
+    """laplace-torch where an interpreter is given, closed with the stack."""
+    if arguments.peer_python is None:
+        return None
+    made = Peer(arguments.peer_python, script, arguments.threads)
+    stack.callback(made.close)
+    return made
 
 
 class Peer:

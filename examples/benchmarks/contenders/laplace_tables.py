@@ -4,8 +4,8 @@ A case has ``task``:
 
 - "marglik": `marglik_training` of a net with one hidden layer, for regression. Result: means and variances of the test
   labels, ``(2, m)``.
-- "classes": a Laplace approximation of a given trained net. Result: class probabilities of each set of test inputs,
-  one after the other, ``(m, K)``.
+- "classes": a Laplace approximation of a given trained net. Result: class probabilities and epistemic variance of each
+  set of test inputs, one after the other, ``(m, K + 1)``.
 """
 
 from __future__ import annotations
@@ -71,20 +71,32 @@ def classes(case, arrays):
             backend=BackPackGGN,
         )
         la.fit(DataLoader(TensorDataset(x, y), batch_size=case["batch"]))
-        held_out = DataLoader(TensorDataset(arrays["held_x"], arrays["held_y"]), batch_size=case["batch"])
-        if case["tune"] == "marglik":
+        if case["tune"] == "evidence":
             la.optimize_prior_precision(method="marglik")
         else:
-            la.optimize_prior_precision(method="gridsearch", pred_type="glm", link_approx="probit", val_loader=held_out)
-        tests = [probs(la, arrays[name], case) for name in sorted(arrays) if name.startswith("test")]
+            held_out = DataLoader(TensorDataset(arrays["held_x"], arrays["held_y"]), batch_size=case["batch"])
+            la.optimize_prior_precision(
+                method="gridsearch",
+                pred_type="glm",
+                link_approx=case["link"],
+                val_loader=held_out,
+                grid_size=25,  # from 1e-4 to 1e4, by the likelihood
+            )
+        tests = [predicted(la, arrays[name], case) for name in sorted(arrays) if name.startswith("test")]
         return torch.cat(tests).numpy()
 
     return run
 
 
-def probs(la, x: Tensor, case) -> Tensor:
-    options = {"pred_type": "glm", "link_approx": case["link"]}
-    return torch.cat([la(part, **options).detach() for part in x.split(case["batch"])])
+@torch.no_grad()
+def predicted(la, x: Tensor, case) -> Tensor:
+    """Probabilities, and the summed variance of the probabilities of 200 draws, ``(m, K + 1)``."""
+    parts = []
+    for part in x.split(case["batch"]):
+        probs = la(part, pred_type="glm", link_approx=case["link"])
+        samples = la.predictive_samples(part, pred_type="glm", n_samples=200)
+        parts.append(torch.cat([probs, samples.var(0).sum(-1, keepdim=True)], -1).detach())
+    return torch.cat(parts)
 
 
 def versions(case):

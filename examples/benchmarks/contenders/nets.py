@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +25,20 @@ def lenet() -> nn.Module:
         nn.ReLU(),
         nn.Linear(84, 10),
     )
+
+
+def paper_lenet() -> nn.Module:
+    """LeNet-5 of Khan et al. (2019): without padding, 256-120-84-10; P = 44,426."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+
+
+def perceptron(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Module:
+    """One hidden layer."""
+    return nn.Sequential(nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, outputs))
 
 
 def mlp() -> nn.Module:
@@ -100,7 +116,16 @@ class Encoder(nn.Module):
         return self.head(self.layers(self.embed(x)).mean(1))
 
 
-NETS = {"lenet": lenet, "mlp": mlp, "resnet18": ResNet18, "encoder": Encoder}
+NETS = {
+    "lenet": lenet,
+    "mlp": mlp,
+    "resnet18": ResNet18,
+    "encoder": Encoder,
+    "paper lenet": paper_lenet,
+    "digits": partial(perceptron, 64, 20, 10, nn.ReLU),
+    "breast cancer": partial(perceptron, 30, 20, 2, nn.Tanh),
+    "banana": partial(perceptron, 2, 20, 2, nn.Tanh),
+}
 INPUT_SHAPES = {"lenet": (1, 28, 28), "mlp": (784,), "resnet18": (3, 32, 32), "encoder": (32, 64)}
 
 
