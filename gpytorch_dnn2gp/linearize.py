@@ -443,6 +443,7 @@ class Rows:
         self.cotangents = cotangents
         self._features: Tensor | None = None
         self._by_layers: _gram.Features | None = None
+        self.residual: tuple[object, Tensor] | None = None  # a posterior's own covariance here, kept by it
 
     @property
     def num_examples(self) -> int:

@@ -304,13 +304,23 @@ class _FunctionSpacePosterior(Posterior):
         shift = super().shift(rows)
         if self._residual_kernel is None:
             return shift
-        added = self._residual(rows, self.rows) @ self._dual_step.flatten()
+        added = self._cross_residual(rows) @ self._dual_step.flatten()
         return shift + added.unflatten(-1, (rows.batch_shape[-1], -1))
 
     def _residual(self, rows1: Rows, rows2: Rows) -> Tensor:
         """``k_r(x1, x2) (x) I_K``, ``(..., n1 K, n2 K)``."""
         k = self._residual_kernel(rows1.flat_inputs(), rows2.flat_inputs())
+        if self.rows.num_rows == 1:
+            return k
         return torch.kron(k, torch.eye(self.rows.num_rows, dtype=k.dtype, device=k.device))
+
+    def _cross_residual(self, rows: Rows) -> Tensor:
+        """The same against the training inputs; new rows keep it, as their mean and covariance both ask for it."""
+        if rows is self.rows:
+            return self._residual(rows, rows)
+        if rows.residual is None or rows.residual[0] is not self:
+            rows.residual = self, self._residual(rows, self.rows)
+        return rows.residual[1]
 
     @property
     def _by_layers(self) -> bool:
@@ -324,7 +334,7 @@ class _FunctionSpacePosterior(Posterior):
         else:
             cross = self.rows.cross(rows.features().flatten(0, 1) * self.prior.variance)
         if self._residual_kernel is not None:
-            cross = cross + self._residual(rows.flat(), self.rows)
+            cross = cross + self._cross_residual(rows).reshape(cross.shape)
         return torch.linalg.solve_triangular(self.factor, self._root_t(cross).mT, upper=False)
 
     def _stacked(self, rows: Rows) -> Tensor:
