@@ -85,7 +85,10 @@ def heat_maps(sentences: list[torch.Tensor], path: Path) -> None:
     print(f"drawn: {path}")
 
 
-def against_finite_nets(sentences: list[torch.Tensor], widths: list[int], draws: int, path: Path) -> None:
+NETS = ("rnn", "gru", "transformer", "batchnorm")
+
+
+def against_finite_nets(sentences: list[torch.Tensor], chosen: list[str], widths: list, draws: int, path: Path) -> None:
     """Error and spread of finite nets around each kernel, last states of the sentences and of their beginnings."""
     tokens = torch.cat(sentences)
     d = tokens.shape[1]
@@ -97,8 +100,10 @@ def against_finite_nets(sentences: list[torch.Tensor], widths: list[int], draws:
         nets[1], torch.ones((), dtype=torch.float64), 1.0, 1.0, paths=2**14
     )
     names = ["simple RNN, tanh", "GRU, logistic gates", "transformer, depth 2", "batch norm and ReLU, depth 1"]
-    figure, axes = plt.subplots(1, len(nets), figsize=(4 * len(nets), 3.6), layout="constrained")
-    for ax, name, net in zip(axes, names, nets):
+    pairs = [(name, net) for short, name, net in zip(NETS, names, nets) if short in chosen]
+    figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.6), layout="constrained", squeeze=False)
+    axes = axes[0]
+    for ax, (name, net) in zip(axes, pairs):
         x = tokens if net is None else infinite.pack(beginnings)
         found = infinite.monte_carlo(net, x, widths, draws, wide[name], torch.Generator().manual_seed(0))
         print(f"\n{name}, {draws} draws\n{found}")
@@ -115,13 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds gp4a/ExampleGloVeVecs.npy")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="which are drawn finite")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--draws", type=int, default=200)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     sentences = load(options.data)
     heat_maps(sentences, options.output / "yang2019_kernels.png")
-    against_finite_nets(sentences, options.widths, options.draws, options.output / "yang2019_monte_carlo.png")
+    path = options.output / "yang2019_monte_carlo.png"
+    against_finite_nets(sentences, options.nets, options.widths, options.draws, path)
 
 
 if __name__ == "__main__":

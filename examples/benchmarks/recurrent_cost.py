@@ -1,10 +1,11 @@
-"""Time and memory of recurrent kernels against the length of sequences and their number, on logarithmic axes.
+"""Time and memory of kernels of sequences against the length of sequences and their number, on logarithmic axes.
 
 Each point is a process of its own, whose peak memory is taken above what it held before; the exponent is that of the
 last two points. Of a simple RNN the last state costs n^2 L, the mean over time n^2 L^2; neither holds the (n L)^2
-covariances of all states, whose size stands beside. A GRU by paths costs n^2 L^2.
+covariances of all states, whose size stands beside. A GRU by paths costs n^2 L^2, a transformer of two blocks, read at
+its last token or by the mean, n^2 L^2 for all pairs of tokens and n^2 L^3 for attention to mix them.
 
-    python examples/benchmarks/recurrent_cost.py [--picture FILE.png]
+    python examples/benchmarks/recurrent_cost.py [--picture FILE.png] [--kernels "RNN, last" "transformer, mean" ...]
 """
 
 import argparse
@@ -15,14 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-KERNELS = ("RNN, last", "RNN, mean", "GRU, last")
-LENGTHS = {"RNN, last": (8, 16, 32, 64, 128, 256), "RNN, mean": (8, 16, 32, 64, 128), "GRU, last": (2, 4, 8, 16, 32)}
+KERNELS = ("RNN, last", "RNN, mean", "GRU, last", "transformer, mean")
+LENGTHS = {
+    "RNN, last": (8, 16, 32, 64, 128, 256),
+    "RNN, mean": (8, 16, 32, 64, 128),
+    "GRU, last": (2, 4, 8, 16, 32),
+    "transformer, mean": (4, 8, 16, 32, 64),
+}
 NUMBERS = {
     "RNN, last": (125, 250, 500, 1000, 2000),
     "RNN, mean": (62, 125, 250, 500, 1000),
     "GRU, last": (5, 10, 20, 40),
+    "transformer, mean": (50, 100, 200, 400),
 }
-FIXED = {"RNN, last": (500, 32), "RNN, mean": (200, 32), "GRU, last": (10, 8)}  # number, length
+# number, length
+FIXED = {"RNN, last": (500, 32), "RNN, mean": (200, 32), "GRU, last": (10, 8), "transformer, mean": (100, 16)}
 PATHS = 2**10
 
 
@@ -38,6 +46,8 @@ def measure(name: str, number: int, length: int, threads: int) -> None:
     net, readout = name.split(", ")
     if net == "GRU":
         kernel = infinite.recurrent(nn.GRU(8, 1), readout=readout, paths=PATHS, progress=False)
+    elif net == "transformer":
+        kernel = infinite.transformer(8, 2, readout=readout, progress=False)
     else:
         kernel = infinite.simple_rnn(8, "tanh", readout=readout, progress=False)
     kernel = kernel.double()
@@ -58,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--largest", type=int, help="leave out lengths and numbers above this")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="which of them")
     parser.add_argument("--picture", type=Path, help="where to put the picture")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,7 +81,7 @@ def main() -> None:
     print(describe())
     lines = {}
     for varied in ("length", "number"):
-        for name in KERNELS:
+        for name in arguments.kernels:
             sizes = [s for s in (LENGTHS if varied == "length" else NUMBERS)[name] if s <= (arguments.largest or s)]
             found = []
             for size in sizes:
@@ -82,7 +93,7 @@ def main() -> None:
                 found.append(json.loads(run.stdout))
                 full = 8 * (number * length) ** 2
                 print(
-                    f"{name:>10}: {number:5d} sequences of {length:4d} tokens {found[-1]['seconds']:9.3f} s "
+                    f"{name:>17}: {number:5d} sequences of {length:4d} tokens {found[-1]['seconds']:9.3f} s "
                     f"{found[-1]['bytes'] / 1e6:8.1f} MB   (all states: {full / 1e6:10.1f} MB)",
                     flush=True,
                 )
@@ -90,7 +101,7 @@ def main() -> None:
             lines[varied, name] = sizes, seconds, size_of
             if len(sizes) > 1:
                 memory = exponent(sizes, [max(1, b) for b in size_of])
-                print(f"{name:>10}: exponent in {varied}: time {exponent(sizes, seconds):.2f}, memory {memory:.2f}\n")
+                print(f"{name:>17}: exponent in {varied}: time {exponent(sizes, seconds):.2f}, memory {memory:.2f}\n")
     if arguments.picture:
         import matplotlib
 
@@ -101,7 +112,7 @@ def main() -> None:
         for column, varied in enumerate(("length", "number")):
             for row, label in enumerate(("seconds", "MB above what the process held")):
                 ax = axes[row, column]
-                for name in KERNELS:
+                for name in arguments.kernels:
                     sizes, *values = lines[varied, name]
                     ax.plot(sizes, [v / (1e6 if row else 1) for v in values[row]], "o-", label=name)
                 ax.set(xscale="log", yscale="log", xlabel=f"{varied} of sequences", ylabel=label)
