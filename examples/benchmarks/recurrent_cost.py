@@ -19,7 +19,7 @@ from pathlib import Path
 KERNELS = ("RNN, last", "RNN, mean", "GRU, last", "transformer, mean")
 LENGTHS = {
     "RNN, last": (8, 16, 32, 64, 128, 256),
-    "RNN, mean": (8, 16, 32, 64, 128),
+    "RNN, mean": (4, 8, 16, 32, 64),
     "GRU, last": (2, 4, 8, 16, 32),
     "transformer, mean": (4, 8, 16, 32, 64),
 }

@@ -116,9 +116,8 @@ def co2(path: Path, steps: int) -> None:
     inputs = (inputs - inputs[old].mean()) / inputs[old].std()
     centre, scale = targets[old].mean(), targets[old].std()
     y = ((targets - centre) / scale)[:, 0]
-    print(
-        f"\nCO2 at Mauna Loa, half a year ahead of {WINDOW} months: {int(old.sum())} before 1990, {int((~old).sum())} after"
-    )
+    before, after = int(old.sum()), int((~old).sum())
+    print(f"\nCO2 at Mauna Loa, {AHEAD} months after {WINDOW}: {before} months before 1990, {after} after")
     print(f"{'kernel':>24} {'evidence before':>16} {'after':>9} {'RMSE, ppm':>10} {'NLPD':>7} {'seconds':>8}  sigmas")
     truth = targets[~old, 0]
     for name, (kernel, sequential) in kernels(1, ("last",)).items():

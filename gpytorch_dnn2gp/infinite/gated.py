@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +35,24 @@ NUGGET = 1e-12  # added to variances, relative: so derivatives are right where s
 NEGLIGIBLE = 1e-8  # what is left of a variance, relative, that nothing else is made to depend on
 MAX_DIMENSIONS = torch.quasirandom.SobolEngine.MAXDIM
 
-FUNCTIONS = {"erf": lambda x: (1 + torch.erf(x)) / 2, "logistic": torch.sigmoid}
+
+def erf_gate(x: Tensor) -> Tensor:
+    """(1 + erf x)/2."""
+    return (1 + torch.erf(x)) / 2
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """phi(x + mean)."""
+
+    phi: Callable[[Tensor], Tensor]
+    mean: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.phi(x + self.mean)
+
+
+FUNCTIONS = {"erf": erf_gate, "logistic": torch.sigmoid}
 CANDIDATES = {"erf": torch.erf, "tanh": torch.tanh}
 
 
@@ -436,32 +454,40 @@ class GRURecurrence(GatedRecurrence):
         closed_phi = Erf() if self.activation == "erf" else dual(self.activation)
         closed_sigma = Erf(0.5, 1.0, 0.5) if self.gate == "erf" else dual("sigmoid")
         return (
-            Numerical(lambda y: phi(y + mean["candidate"])) if mean["candidate"] else closed_phi,
-            Numerical(lambda y: sigma(y + mean["reset"])) if mean["reset"] else closed_sigma,
+            Numerical(Shifted(phi, mean["candidate"])) if mean["candidate"] else closed_phi,
+            Numerical(Shifted(sigma, mean["reset"])) if mean["reset"] else closed_sigma,
         )
 
 
 @dataclass(frozen=True)
 class LSTMRecurrence(GatedRecurrence):
-    """Long short-term memory: logistic gates, tanh."""
+    """Long short-term memory: logistic gates, tanh. The output gate, no part of the memory, is in closed form."""
 
     gates = ("input", "forget", "cell", "output")
 
     @property
     def processes(self) -> tuple[str, ...]:
-        return self.gates
+        return self.gates[:3]
 
     def covariance(self, v: dict, process: str, x: Tensor, h: Tensor) -> Tensor:
         return _affine(v[process], x, h)
 
     def unit(self, z: dict[str, Tensor], before: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        i, f, g, o = (z[gate] + mean for gate, mean in zip(self.gates, self.bias_mean))
+        i, f, g = (z[process] + mean for process, mean in zip(self.processes, self.bias_mean))
         c = i.sigmoid() * g.tanh()
         if before is not None:
             c = c + f.sigmoid() * before[1]
-        return o.sigmoid() * c.tanh(), c
+        return c.tanh(), c
 
     def column(
         self, v: dict, first: Side, new: tuple, x: Tensor, h: Tensor, own: tuple, memory: Tensor | None
     ) -> tuple:
-        return torch.einsum("ptm,pm->pt", first.drawn[0], new[0]) / new[0].shape[-1], None
+        variances = tuple(m.diagonal(dim1=-2, dim2=-1) for m in (first.x, first.h))
+        sides = variances, own or tuple(m[:, -1:] for m in variances), (x, h)
+        gates = self._dual(*(_affine(v["output"], *side) for side in sides))
+        return gates * torch.einsum("ptm,pm->pt", first.drawn[0], new[0]) / new[0].shape[-1], None
+
+    @functools.cached_property
+    def _dual(self) -> Dual:
+        mean = self.bias_mean[3]
+        return Numerical(Shifted(torch.sigmoid, mean)) if mean else dual("sigmoid")
