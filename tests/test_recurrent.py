@@ -122,6 +122,10 @@ def test_gru_of_gp4a(reference, case, paths, tolerance):
     compare_gru(*load(reference("nngp/gru_gp4a"), case), paths, tolerance)
 
 
+def test_gru_of_gp4a_with_many_paths(reference):
+    compare_gru(*load(reference("nngp/gru_gp4a"), "c00"), 2**20, 1e-6)
+
+
 def glove() -> Path | None:
     """Folder of reference numbers that are made of GloVe vectors, which cannot be passed on here."""
     folder = Path(os.environ.get("DNN2GP_DATA", "/nowhere"))
