@@ -1427,7 +1427,7 @@ def _(tmp):
 def surrogate(x=None, y=None, yvar=None, width=4, outputs=1, **options):
     """On six points of two inputs and one outcome, trained for a moment."""
     x, y = X if x is None else x, Y if y is None else y
-    net = bayesopt.smooth_mlp(2, outputs, widths=(width,))
+    net = options.pop("net", None) or bayesopt.smooth_mlp(2, outputs, widths=(width,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=InputDataWarning)  # these are not scaled
         return bayesopt.DNN2GPModel(x, y, yvar, net=net, outcome_transform=None, **{"restarts": 1, **options})
@@ -1471,6 +1471,42 @@ def _(tmp):
 @case("observed noise of labels")
 def _(tmp):
     surrogate(y=(Y > 0).double(), yvar=torch.ones_like(Y), loss=Bernoulli())
+
+
+@case("a surrogate's loss that is none of ours")
+def _(tmp):
+    surrogate(loss="gaussian")
+
+
+@case("a surrogate's net by its name")
+def _(tmp):
+    surrogate(net="mlp")
+
+
+@case("a policy that is a number")
+def _(tmp):
+    surrogate(refit_when=3)
+
+
+@case("infinite inputs of a surrogate")
+def _(tmp):
+    surrogate(torch.where(X == X.max(), torch.inf, X))
+
+
+@case("points of another dimension for a surrogate")
+def _(tmp):
+    surrogate().posterior(torch.rand(3, 5, dtype=F64))
+
+
+@case("a refit of fantasies")
+def _(tmp):
+    surrogate().condition_on_observations(X.expand(2, -1, -1), Y.expand(2, -1, -1)).refit(X, Y)
+
+
+@case("a `state_dict` for a subset of outcomes")
+def _(tmp):
+    model = surrogate()
+    model.subset_output([0]).load_state_dict(model.state_dict())
 
 
 @case("a surrogate's posterior of labels with noise")

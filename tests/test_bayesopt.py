@@ -12,6 +12,7 @@ from botorch.exceptions.warnings import InputDataWarning
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Log, Normalize
+from botorch.models.transforms.input import InputPerturbation
 from botorch.posteriors import GPyTorchPosterior
 from botorch.sampling import SobolQMCNormalSampler
 from botorch.utils.datasets import SupervisedDataset
@@ -21,7 +22,7 @@ from gpytorch_dnn2gp import JacobianKernel, LaplaceGP
 from gpytorch_dnn2gp.bayesopt import DNN2GPModel, RefitWhen, fitting, smooth_mlp
 from gpytorch_dnn2gp.bayesopt.surrogate import matern_residual
 from gpytorch_dnn2gp.jacobians import NetFunction
-from gpytorch_dnn2gp.losses import Gaussian
+from gpytorch_dnn2gp.losses import Bernoulli, Gaussian
 
 QUICK = {"rounds": 2, "iterations": 10, "evidence_evaluations": 5}
 
@@ -116,7 +117,7 @@ def test_state_copies_and_pickles(model):
     other = DNN2GPModel(*data(m=m), net=small_net(m=m), restarts=1, seed=3, fit_options=QUICK)
     assert not torch.allclose(other.posterior(z).mean, expected.mean)
     other.load_state_dict(model.state_dict())
-    for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for same in (other, copy.deepcopy(other), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(same.posterior(z).mean, expected.mean)
         torch.testing.assert_close(dense(same.posterior(z)), dense(expected))
 
@@ -200,6 +201,67 @@ def test_observed_noise_is_conditioned_on():
     z = torch.rand(3, 2, dtype=torch.float64)
     torch.testing.assert_close(later.posterior(z).mean, every.posterior(z).mean)
     torch.testing.assert_close(later.posterior(z).variance, every.posterior(z).variance)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_was_conditioned_on_stays_with_the_model(given):
+    x, y = data(n=9)
+    yvar = torch.linspace(0.1, 0.5, len(y), dtype=torch.float64)[:, None] if given else None
+    part = [None if each is None else each[:6] for each in (x, y, yvar)]
+    model = DNN2GPModel(*part, net=small_net(), restarts=1, fit_options=QUICK)
+    scale = model.outcome_transform.stdvs.square()
+    later = model.condition_on_observations(x[6:], y[6:], noise=yvar[6:] / scale if given else None)
+    z = torch.rand(4, 2, dtype=torch.float64)
+    expected = later.posterior(z)
+    state = later.state_dict()
+    again = copy.deepcopy(later)
+    for name in [name for name in state if name.endswith(("_extra_state", "given_noise"))]:
+        state[name] = again.state_dict()[name]
+    again.load_state_dict(state)
+    torch.testing.assert_close(again.posterior(z).mean, expected.mean)
+    torch.testing.assert_close(copy.deepcopy(again).posterior(z).variance, expected.variance)
+    later.train()
+    torch.testing.assert_close(later.train_inputs[0], x)
+    assert later(*later.train_inputs).mean.shape == later.train_targets.shape == (9,)
+    same = later.condition_on_observations(x[:1], y[:1], noise=yvar[:1] if given else None)
+    torch.testing.assert_close(same.outcome_transform.means, model.outcome_transform.means)
+    more = later.refit(x[:1], y[:1], None if yvar is None else yvar[:1])
+    torch.testing.assert_close(more._train_X, torch.cat([x, x[:1]]))
+    torch.testing.assert_close(more.outcome_transform.means[0], torch.cat([y, y[:1]]).mean(0))
+    if given:
+        torch.testing.assert_close(more._train_Yvar, torch.cat([yvar, yvar[:1]]))
+    fantasies = model.fantasize(z.requires_grad_(), SobolQMCNormalSampler(torch.Size([2]), seed=0))
+    assert copy.deepcopy(fantasies).train().train_inputs[0].shape == (2, 10, 2)
+    for refused in (lambda: fantasies.refit(x[:1], y[:1]), lambda: fantasies.load_state_dict(model.state_dict())):
+        with pytest.raises((UnsupportedError, InputDataError)):
+            refused()
+
+
+def test_perturbed_inputs_are_perturbed_at_predictions_alone():
+    x, y = data()
+    shifts = 0.01 * torch.rand(3, 2, dtype=torch.float64)
+    options = {"net": small_net(), "restarts": 1, "fit_options": QUICK}
+    model, plain = DNN2GPModel(x, y, input_transform=InputPerturbation(shifts), **options), DNN2GPModel(x, y, **options)
+    z = torch.rand(4, 2, 2, dtype=torch.float64)
+    moved = (z[:, :, None] + shifts).flatten(1, 2)
+    torch.testing.assert_close(model.posterior(z).mean, plain.posterior(moved).mean)
+    for take in ("condition_on_observations", "refit"):
+        ours, expected = (getattr(each, take)(z[0], y[:2]) for each in (model, plain))
+        torch.testing.assert_close(ours.posterior(z).mean, expected.posterior(moved).mean)
+    sampler = SobolQMCNormalSampler(torch.Size([2]), seed=0)
+    ours, expected = (each.fantasize(z, sampler) for each in (model, plain))
+    torch.testing.assert_close(ours.posterior(z).mean, expected.posterior(moved).mean)
+
+
+def test_nothing_global_is_drawn_from():
+    x, y = data(n=5)
+    before = torch.random.get_rng_state()
+    model = DNN2GPModel(x, y, restarts=2, fit_options=QUICK)
+    held = DNN2GPModel(x, (y > y.mean()).double(), loss=Bernoulli(), restarts=2, fit_options={"rounds": 1})
+    for each in (model, held):
+        each.fantasize(x[:1], SobolQMCNormalSampler(torch.Size([2]), seed=0))
+    model.refit(x[:1], y[:1])
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_transforms_are_those_of_botorch():

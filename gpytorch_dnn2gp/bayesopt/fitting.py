@@ -95,15 +95,16 @@ class _Centered(nn.Module):
 def restarts(net: nn.Module, number: int, generator: torch.Generator | None = None) -> list[nn.Module]:
     """Copies of ``net`` with new initial weights, by each layer's ``reset_parameters``; nothing global moves."""
     nets = []
+    device = next(net.parameters()).device
     seed = int(torch.randint(2**31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(number):
-            new = copy.deepcopy(net)
+            new = copy.deepcopy(net).cpu()  # draws the same on every device
             for module in new.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-            nets.append(new)
+            nets.append(new.to(device))
     return nets
 
 
@@ -160,7 +161,7 @@ def fit_regression(
     if first is not None:
         theta[0] = problem.theta(first)[0]
     for number in tiling.progress(range(rounds), "Fitting nets", progress, unit=" rounds"):
-        alone = torch.arange(len(nets)) % 2 == 1 if number == 0 else None
+        alone = torch.arange(len(nets), device=x.device) % 2 == 1 if number == 0 else None
         problem.train(theta, iterations if number < rounds - 1 else 2 * iterations, tolerance, alone)
         if number < rounds - 1:
             problem.choose(theta, evidence_evaluations)

@@ -119,6 +119,12 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             raise InputDataError("There is no training point.")
         if restarts < 1:
             raise ValueError(f"restarts must be one at least; got {restarts}.")
+        if loss is not None and not isinstance(loss, Loss):
+            raise TypeError(f"loss must come from gpytorch_dnn2gp.losses, or be None; got {type(loss).__name__}.")
+        if net is not None and not callable(net):
+            raise TypeError(f"net must be a module or a function that makes one; got {type(net).__name__}.")
+        if not isinstance(refit_when, RefitWhen):
+            raise TypeError(f"refit_when must be a RefitWhen, such as RefitWhen(every=5); got {refit_when!r}.")
         self.loss, self.params, self.groups = loss, params, groups
         regression = self._is_regression
         if train_Yvar is not None and not regression:
@@ -139,11 +145,13 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         x, y, yvar = self._transformed(learn=True)
         self._validate_tensor_args(X=x, Y=y, Yvar=yvar)
         validate_input_scaling(train_X=x, train_Y=y, train_Yvar=yvar, check_nans_only=not regression)
+        if not x.isfinite().all() or not y.isfinite().all():
+            raise InputDataError("Input data contains infinite values.")
         self._template = self._template_net(net, x.shape[-1]).to(x)
         self._require_outputs(x)
         if residual_kernel == "matern":
             residual_kernel = matern_residual(x.shape[-1]) if regression else None
-        elif isinstance(residual_kernel, str):
+        elif residual_kernel is not None and not isinstance(residual_kernel, Kernel):
             raise ValueError(f"residual_kernel must be a kernel, 'matern' or None; got {residual_kernel!r}.")
         elif residual_kernel is not None and not regression:
             raise UnsupportedError(f"A residual kernel is for regression, but the loss is {loss}.")
@@ -276,9 +284,12 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         if (Yvar is None) != (self._train_Yvar is None):
             raise InputDataError("Yvar is needed where, and only where, the model was given train_Yvar.")
         self._validate_tensor_args(X=X, Y=Y, Yvar=Yvar)
+        if X.dim() != 2 or self.batch_shape:
+            raise UnsupportedError(
+                f"refit takes one data set, (q, d) and (q, m); got X of shape {tuple(X.shape)}, for a model of batch "
+                f"shape {tuple(self.batch_shape)}. Fantasies are only conditioned on."
+            )
         new = self._conditioned(X, Y, Yvar, transform_noise=True)
-        new._train_X, new._train_Y = torch.cat([self._train_X, X]), torch.cat([self._train_Y, Y])
-        new._train_Yvar = None if Yvar is None else torch.cat([self._train_Yvar, Yvar])
         points = len(new._train_X) - self._points_at_fit
         if self.refit_when.due(points, self._evidence_at_fit, new._evidence_per_point()):
             new._fit(warm=True)
@@ -343,6 +354,11 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         """
         self.eval()
         X = self.transform_inputs(X)
+        d = self.gp.train_inputs[0].shape[-1]
+        if X.dim() < 2 or X.shape[-1] != d:
+            raise BotorchTensorDimensionError(
+                f"X has shape {tuple(X.shape)} when transformed; it must be (b..., q, {d})."
+            )
         with gpytorch.settings.detach_test_caches(True), self._precision_is_known():
             mvn = _with_jitter(self.gp(X))
         if observation_noise is not False:
@@ -370,7 +386,8 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
                 )
             if self._reported is None:
                 return given
-            return given.new_zeros(*given.shape[:-1], k).index_copy(-1, torch.tensor(self._reported), given)
+            where = torch.tensor(self._reported, device=given.device)
+            return given.new_zeros(*given.shape[:-1], k).index_copy(-1, where, given)
         noise = self.gp.noise
         if noise is None:
             raise UnsupportedError(
@@ -400,7 +417,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             X: ``(b..., q, d)``.
             Y: ``(f..., b..., q, m)``.
             noise: their noise variances, of the shape of Y, in the space of transformed outcomes; needed where
-                ``train_Yvar`` was given.
+                ``train_Yvar`` was given. Where it was not, it serves until :meth:`refit` trains with one for all.
         """
         if fantasize_flag.off():
             self._validate_tensor_args(X=X, Y=Y, Yvar=noise, strict=False)
@@ -412,12 +429,16 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
                 f"Y has shape {tuple(Y.shape)}; for X of shape {tuple(X.shape)} it must end in "
                 f"({X.shape[-2]}, {self.num_outputs})."
             )
-        x = self.transform_inputs(X)
+        self.eval()  # transforms learn nothing here
+        raw_Y, raw_noise = Y, noise
+        x = self._transformed_as_data(X)
         if hasattr(self, "outcome_transform"):
             Y, transformed = self.outcome_transform(Y=Y, Yvar=noise if transform_noise else None, X=x)
             noise = transformed if transform_noise else noise
         batch = torch.broadcast_shapes(x.shape[:-2], Y.shape[:-2], self.batch_shape)
         Y = Y.expand(*batch, *Y.shape[-2:])
+        if not (batch or transform_noise or raw_noise is None or self._train_Yvar is None):
+            raw_noise = self._untransformed_noise(Y, noise, x)
         if x.shape[:-2] != batch[len(batch) - (x.dim() - 2) :]:
             x = x.expand(*batch, *x.shape[-2:])
         if self._reported is not None:
@@ -425,7 +446,30 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         new = self._shallow_copy()
         if x.shape[-2] > 0:
             new.gp = self.gp.get_fantasy_model(x, Y, noise=_common(noise))
+            new._keep(X, raw_Y, raw_noise)
         return new
+
+    def _transformed_as_data(self, X: Tensor) -> Tensor:
+        """As training inputs are: without what is done at predictions alone, such as perturbing them."""
+        if fantasize_flag.on() or not hasattr(self, "input_transform"):
+            return self.transform_inputs(X)
+        return self.input_transform.preprocess_transform(X)
+
+    def _untransformed_noise(self, Y: Tensor, noise: Tensor, x: Tensor) -> Tensor:
+        if not hasattr(self, "outcome_transform"):
+            return noise
+        return self.outcome_transform.untransform(Y=Y, Yvar=noise.expand_as(Y), X=x)[1]
+
+    def _keep(self, X: Tensor, Y: Tensor, noise: Tensor | None) -> None:
+        """Add to the data to train on again; of fantasies, which are not trained on, to the inputs alone."""
+        batch, old, new = self.batch_shape, self._train_X, X.detach()
+        both = [each.expand(*batch, *each.shape[-2:]) for each in (old, new)]
+        self._train_X = torch.cat(both, -2)
+        if batch or self._reported is not None:
+            return
+        self._train_Y = torch.cat([self._train_Y, Y.detach()])
+        if self._train_Yvar is not None:
+            self._train_Yvar = torch.cat([self._train_Yvar, noise.detach().expand_as(Y)])
 
     def _with_unobserved(self, Y: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outcomes and noise of all outputs, of which only those reported were observed."""
@@ -442,7 +486,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             return super().fantasize(X, sampler, observation_noise=observation_noise, **kwargs)
         with fantasize_flag():
             f = sampler(self.posterior(X))
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[f.device] if f.is_cuda else []):
                 torch.manual_seed(self.seed)
                 labels = self.gp.loss.conditional(f.detach()).sample()
             return self.condition_on_observations(X=X, Y=labels, **kwargs)
@@ -472,7 +516,15 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
             strict, assign: as of ``nn.Module``; what is missing is refused either way.
             keep_transforms: as of BoTorch's models: outcomes are transformed by the transforms of the state; False
                 leaves the transformed outcomes as they are.
+
+        Raises:
+            UnsupportedError: this is a subset of outcomes, or a batch of fantasies.
         """
+        if self._reported is not None or self.batch_shape:
+            raise UnsupportedError(
+                "Load the state into the model of all outcomes, before it is given fantasies; then take the subset, or "
+                "make the fantasies."
+            )
         state = dict(state_dict)
         own = self.state_dict()
         missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
@@ -491,7 +543,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         loss = gp.loss
         if "gp.likelihood.raw_noise" in state:
             likelihood.raw_noise.data.copy_(state["gp.likelihood.raw_noise"])
-            loss = likelihood.loss
+            loss = Gaussian(likelihood.noise.detach().sqrt())
         for name in ("input_transform", "outcome_transform"):
             if hasattr(self, name):
                 getattr(self, name).load_state_dict(_under(state, f"{name}."))
