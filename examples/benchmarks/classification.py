@@ -316,9 +316,7 @@ def report(table: Table) -> None:
         for method in METHODS:
             number = len(table.values("nll", set=name, method=method))
             if number:
-                cells = [
-                    tables.shown(table.values(c, set=name, method=method), 4 if c != "accuracy" else 4) for c in shown
-                ]
+                cells = [tables.shown(table.values(c, set=name, method=method), 4) for c in shown]
                 rows.append(
                     [method, str(number), *cells, tables.shown(table.values("cpu_seconds", set=name, method=method), 1)]
                 )
