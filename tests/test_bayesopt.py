@@ -10,7 +10,7 @@ from botorch.acquisition.analytic import LogExpectedImprovement
 from botorch.exceptions.errors import BotorchTensorDimensionError, InputDataError, UnsupportedError
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
+from botorch.models import ModelListGP, SingleTaskGP
 from botorch.models.transforms import Log, Normalize
 from botorch.models.transforms.input import InputPerturbation
 from botorch.posteriors import GPyTorchPosterior
@@ -235,6 +235,22 @@ def test_what_was_conditioned_on_stays_with_the_model(given):
     for refused in (lambda: fantasies.refit(x[:1], y[:1]), lambda: fantasies.load_state_dict(model.state_dict())):
         with pytest.raises((UnsupportedError, InputDataError)):
             refused()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_list_of_models_is_conditioned_on_data(given):
+    x, y = data(m=2)
+    yvar = torch.full_like(y, 0.2) if given else None
+    models = [make_quick(x, each, None if yvar is None else yvar[:, :1]) for each in y.split(1, 1)]
+    new = [torch.rand(3, 2, dtype=torch.float64) for _ in models]
+    noise = {"noise": torch.full((3, 2), 0.3, dtype=torch.float64)} if given else {}
+    later = ModelListGP(*models).condition_on_observations(new, y[:3], **noise)
+    z = torch.rand(4, 2, dtype=torch.float64)
+    for i, (model, x_i) in enumerate(zip(models, new, strict=True)):
+        own = {"noise": noise["noise"][:, [i]] / model.outcome_transform.stdvs.square()} if given else {}
+        expected = model.condition_on_observations(x_i, y[:3, [i]], **own).posterior(z)
+        torch.testing.assert_close(later.posterior(z).mean[..., i].squeeze(), expected.mean.squeeze())
+        torch.testing.assert_close(later.posterior(z).variance[..., i].squeeze(), expected.variance.squeeze())
 
 
 def test_perturbed_inputs_are_perturbed_at_predictions_alone():

@@ -137,7 +137,7 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         self._reported: list[int] | None = None
         self._supports_cache_root = self._num_outputs == 1
         for name, tensor in (("_train_X", train_X), ("_train_Y", train_Y), ("_train_Yvar", train_Yvar)):
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
         if input_transform is not None:
             self.input_transform = input_transform
         if outcome_transform is not None:
@@ -422,6 +422,23 @@ class DNN2GPModel(GPyTorchModel, FantasizeMixin, GP):
         if fantasize_flag.off():
             self._validate_tensor_args(X=X, Y=Y, Yvar=noise, strict=False)
         return self._conditioned(X, Y, noise)
+
+    def get_fantasy_model(
+        self, inputs: Tensor | Sequence[Tensor], targets: Tensor, noise: Tensor | None = None, **_: Any
+    ) -> DNN2GPModel:
+        """The same by the name that BoTorch's ``ModelListGP`` calls: of outcomes that are transformed already.
+
+        Args:
+            inputs: ``(b..., q, d)``, as they come.
+            targets, noise: transformed outcomes and their noise variances, ``(f..., b..., q)`` for one outcome, else
+                ``(f..., b..., q, m)``.
+        """
+        if self.num_outputs == 1:
+            targets, noise = (None if each is None else each[..., None] for each in (targets, noise))
+        if hasattr(self, "outcome_transform"):
+            targets, _ = self.outcome_transform.untransform(targets)
+        X = inputs if isinstance(inputs, Tensor) else inputs[0]
+        return self._conditioned(X, targets, noise)
 
     def _conditioned(self, X: Tensor, Y: Tensor, noise: Tensor | None, transform_noise: bool = False) -> DNN2GPModel:
         if Y.shape[-2:] != (X.shape[-2], self.num_outputs):
