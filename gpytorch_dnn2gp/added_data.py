@@ -46,6 +46,11 @@ class AddedData:
         """``(f..., b...)``."""
         return self.outputs.shape[:-2]
 
+    @property
+    def carries_graph(self) -> bool:
+        """Whether something is to be differentiated in them."""
+        return self.inputs.requires_grad or self.labels.requires_grad
+
     def noise_or(self, own: Tensor | None) -> Tensor | None:
         """sigma^2 of these examples, where ``own`` is the GP's."""
         if self.noise is None or not self.noise.isnan().any():

@@ -570,9 +570,11 @@ class NetworkGP(ExactGP):
         if self._added is None:
             return self._base_posterior[1]
         if self._conditioned is None:
-            self._conditioned = self._condition(
-                self._base_posterior[1], None if self.noise is None else self.noise.detach()
-            )
+            base, noise = self._base_posterior[1], None if self.noise is None else self.noise.detach()
+            if self._added.carries_graph and not torch.is_grad_enabled():
+                # not kept, nor are its rows: what is kept carries the graph of the data
+                return condition(base, self.linearization.rows(self._added.inputs), self._added_splitting(noise))
+            self._conditioned = self._condition(base, noise)
         return self._conditioned
 
     @in_plain_mode

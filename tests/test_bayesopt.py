@@ -253,6 +253,21 @@ def test_a_list_of_models_is_conditioned_on_data(given):
         torch.testing.assert_close(later.posterior(z).variance[..., i].squeeze(), expected.variance.squeeze())
 
 
+def test_fantasies_looked_at_without_gradients_have_them_later(model):
+    x = torch.rand(2, 1, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.rand(3, 2, dtype=torch.float64)
+    gradients = []
+    for look in (False, True):
+        fantasies = model.fantasize(x, SobolQMCNormalSampler(torch.Size([2]), seed=0))
+        if look:
+            with torch.no_grad():
+                before = fantasies.posterior(z[None]).mean
+        after = fantasies.posterior(z[None]).mean
+        gradients += torch.autograd.grad(after.sum(), x)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(before, after.detach())
+
+
 def test_perturbed_inputs_are_perturbed_at_predictions_alone():
     x, y = data()
     shifts = 0.01 * torch.rand(3, 2, dtype=torch.float64)
