@@ -1187,6 +1187,16 @@ def _(tmp):
     dnn2gp.infinite.pack(PADDED, max_length=2)
 
 
+@case("tokens of no numbers")
+def _(tmp):
+    dnn2gp.infinite.pack(PADDED[..., :0])
+
+
+@case("a length that half precision cannot hold")
+def _(tmp):
+    dnn2gp.infinite.pack(torch.zeros(1, 4097, 1, dtype=torch.float16))
+
+
 # ---- recurrent nets
 
 
@@ -1203,6 +1213,20 @@ def _(tmp):
 @case("a module that is not recurrent")
 def _(tmp):
     dnn2gp.infinite.recurrent(nn.Linear(2, 4))
+
+
+@case("a recurrent module with a forward of its own")
+def _(tmp):
+    class Skips(nn.GRU):
+        def forward(self, x):
+            return x + super().forward(x)[0]
+
+    dnn2gp.infinite.recurrent(Skips(2, 4))
+
+
+@case("an option that a kernel at infinite width does not have")
+def _(tmp):
+    dnn2gp.infinite.simple_rnn(2, redout="mean")
 
 
 @case("dropout between recurrent layers")

@@ -253,11 +253,12 @@ class BatchNormKernel(HyperparameterKernel):
 
     def add_batch(self, batch: Tensor) -> None:
         """Make one more reference batch known, ``(B, d)``."""
-        if self.active_dims is not None:
+        if isinstance(batch, Tensor) and self.active_dims is not None:
             batch = batch.index_select(-1, self.active_dims.to(batch.device))
         name = f"reference batch {self.num_batches}"
-        if batch.dim() != 2 or not batch.is_floating_point():
-            raise ValueError(f"{name} must be floating-point inputs (B, d); got {batch.dtype} {tuple(batch.shape)}.")
+        if not isinstance(batch, Tensor) or batch.dim() != 2 or not batch.is_floating_point():
+            got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"{name} must be floating-point inputs (B, d); got {got}.")
         if self.num_batches:
             first = self.batches[0]
             require_like(batch, first, name, "reference batch 0")

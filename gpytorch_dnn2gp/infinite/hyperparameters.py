@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from ..numerics import in_plain_mode, require_finite
 from .matrix import Recursion, covariance, variances
 
 Numbers = float | Sequence[float] | Tensor
+_OPTIONS = inspect.signature(Kernel).parameters.keys() - {"kwargs"}
 
 
 def positive() -> Positive:
@@ -81,6 +83,8 @@ class HyperparameterKernel(Kernel):
     is_stationary = False
 
     def __init__(self, batch_shape: torch.Size | None = None, **kwargs) -> None:
+        for name in kwargs.keys() - _OPTIONS:  # GPyTorch would take any, and ignore it
+            raise TypeError(f"{type(self).__name__} got an unexpected option {name!r}.")
         super().__init__(batch_shape=torch.Size() if batch_shape is None else torch.Size(batch_shape), **kwargs)
         self._names: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from .state import Across, Features, Within
 
 # Of one tile: few enough for the processor's cache, many enough for torch's cost per call.
 TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
+STEPS = 16  # of a net of layers, about; where there are more, gradients have smaller tiles
 
 
 class Recursion(abc.ABC):
@@ -40,6 +41,10 @@ class Recursion(abc.ABC):
     @abc.abstractmethod
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """Entries of the largest tensor that one pair needs; ``x`` is one input, ``(*B, 1, *shape)``."""
+
+    def steps(self, shape: tuple[int, ...]) -> int:
+        """How many tensors as large as :meth:`widest` follow each other, all of which a gradient keeps; about."""
+        return STEPS
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """R, rows of the matrix for each input of this shape."""
@@ -99,8 +104,10 @@ def covariance(
         return _matrix_of(recursion.block(Features(a, b, shape, run)), len(batch))
 
     pair_bytes = x1.element_size() * area * max(1, batch.numel())
-    tiles = _tiles(n1, n2, max(1, TILE_BYTES.get(x1.device.type, 2**28) // pair_bytes), symmetric)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*sides, *hyper.values()))
+    if recorded:
+        pair_bytes *= max(1, recursion.steps(shape) // STEPS)
+    tiles = _tiles(n1, n2, max(1, TILE_BYTES.get(x1.device.type, 2**28) // pair_bytes), symmetric)
     bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
     places = [(slice(r.start * R, r.stop * R), slice(c.start * R, c.stop * R)) for r, c in tiles]
     if recorded:

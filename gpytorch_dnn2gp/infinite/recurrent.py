@@ -79,6 +79,10 @@ class SimpleRecurrence(Recursion):
         """L with ``readout="all"``."""
         return shape[0] // self.input_size if self.readout == "all" else 1
 
+    def steps(self, shape: tuple[int, ...]) -> int:
+        """One for each token and layer."""
+        return shape[0] // self.input_size * self.num_layers * (1 + self.bidirectional)
+
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """A number for each layer; for the mean, along one sequence; for all states, along both."""
         length = shape[0] // self.input_size

@@ -212,15 +212,20 @@ def recurrent(
         options: see :func:`simple_rnn`; ``kernel`` and ``parameterization`` for ``nn.RNN`` alone.
 
     Raises:
-        NotImplementedError: for a module of another kind, dropout between layers, projections, several layers in both
-            directions.
+        NotImplementedError: for a module of another kind or with a ``forward`` of its own, dropout between layers,
+            projections, several layers in both directions.
     """
     kinds = {nn.RNN: "RNN", nn.GRU: "GRU", nn.LSTM: "LSTM"}
-    kind = next((name for known, name in kinds.items() if isinstance(module, known)), None)
+    base, kind = next(((known, name) for known, name in kinds.items() if isinstance(module, known)), (None, None))
     if kind is None:
         raise NotImplementedError(
             f"recurrent takes nn.RNN, nn.GRU or nn.LSTM; got {type(module).__name__}. NNGPKernel and NTKKernel take "
             "other nets, without recurrent layers."
+        )
+    if type(module).forward is not base.forward:
+        raise NotImplementedError(
+            f"{type(module).__name__} has a forward of its own, so the rule of nn.{kind} does not hold for it: pass an "
+            f"nn.{kind}."
         )
     if module.num_layers > 1 and module.dropout:
         raise NotImplementedError("There is no rule for dropout between recurrent layers: set module.dropout = 0.")

@@ -68,7 +68,7 @@ def pack(sequences: Sequence[Tensor] | Tensor, lengths: Tensor | None = None, ma
 
     Raises:
         ValueError: for an empty sequence, lengths that do not match, NaN or infinity in a token, tokens of several
-            sizes, or a ``max_length`` that is too small.
+            sizes or of none, a length beyond the dtype, or a ``max_length`` that is too small.
     """
     if isinstance(sequences, Tensor):
         tokens, lengths = _of_padded(sequences, lengths)
@@ -79,11 +79,16 @@ def pack(sequences: Sequence[Tensor] | Tensor, lengths: Tensor | None = None, ma
     longest = tokens.shape[-2]
     if max_length is None:
         max_length = longest
+    if not isinstance(max_length, int):
+        raise ValueError(f"max_length is a number of tokens; got {max_length!r}.")
     if max_length < longest:
         raise ValueError(f"max_length={max_length} leaves no room for the {longest} tokens of the longest sequence.")
     checked = _checked(tokens, lengths)
     padded = torch.nn.functional.pad(checked.tokens, (0, 0, 0, max_length - longest))
-    return torch.cat([padded.flatten(-2), lengths.unsqueeze(-1).to(padded)], -1)
+    last = lengths.unsqueeze(-1).to(padded)
+    if not torch.equal(last.long().squeeze(-1), checked.lengths):
+        raise ValueError(f"{tokens.dtype} cannot hold a length of {int(checked.lengths.max())}: convert to float32.")
+    return torch.cat([padded.flatten(-2), last], -1)
 
 
 def unpack(x: Tensor, input_size: int) -> Sequences:
@@ -96,6 +101,8 @@ def unpack(x: Tensor, input_size: int) -> Sequences:
     Raises:
         ValueError: for rows of another width, lengths that are no integers from 1 to L, NaN or infinity in a token.
     """
+    if not isinstance(input_size, int) or input_size < 1:
+        raise ValueError(f"input_size is how many numbers a token has, 1 or more; got {input_size!r}.")
     length, rest = divmod(x.shape[-1] - 1, input_size)
     if rest or length < 1:
         raise ValueError(
@@ -149,7 +156,9 @@ def _of_list(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _checked(tokens: Tensor, lengths: Tensor) -> Sequences:
-    longest = tokens.shape[-2]
+    longest, size = tokens.shape[-2:]
+    if size == 0:
+        raise ValueError(f"Tokens have no numbers: the sequences have the shape {tuple(tokens.shape)}.")
     bad = ~((lengths >= 1) & (lengths <= longest) & (lengths == lengths.round()))
     if bad.any():
         at = first_index(bad)
