@@ -42,7 +42,7 @@ class Recursion(abc.ABC):
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """Entries of the largest tensor that one pair needs; ``x`` is one input, ``(*B, 1, *shape)``."""
 
-    def steps(self, shape: tuple[int, ...]) -> int:
+    def num_steps(self, shape: tuple[int, ...]) -> int:
         """How many tensors as large as :meth:`widest` follow each other, all of which a gradient keeps; about."""
         return STEPS
 
@@ -106,7 +106,7 @@ def covariance(
     pair_bytes = x1.element_size() * area * max(1, batch.numel())
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*sides, *hyper.values()))
     if recorded:
-        pair_bytes *= max(1, recursion.steps(shape) // STEPS)
+        pair_bytes *= max(1, recursion.num_steps(shape) // STEPS)
     tiles = _tiles(n1, n2, max(1, TILE_BYTES.get(x1.device.type, 2**28) // pair_bytes), symmetric)
     bar = tiling.progress(tiles, "NNGP" if ntk is None else "NTK", progress)
     places = [(slice(r.start * R, r.stop * R), slice(c.start * R, c.stop * R)) for r, c in tiles]

@@ -79,7 +79,7 @@ class SimpleRecurrence(Recursion):
         """L with ``readout="all"``."""
         return shape[0] // self.input_size if self.readout == "all" else 1
 
-    def steps(self, shape: tuple[int, ...]) -> int:
+    def num_steps(self, shape: tuple[int, ...]) -> int:
         """One for each token and layer."""
         return shape[0] // self.input_size * self.num_layers * (1 + self.bidirectional)
 
