@@ -1318,7 +1318,13 @@ def _(tmp):
 
 @case("a sequence too long for paths")
 def _(tmp):
-    rnn(nn.LSTM, x=dnn2gp.infinite.pack(torch.ones(1, 3000, 2, dtype=F64)))
+    rnn(nn.LSTM, x=dnn2gp.infinite.pack(torch.ones(1, 4000, 2, dtype=F64)))
+
+
+@case("gradients of a long sequence along paths")
+def _(tmp):
+    with memory_limit(100_000_000):
+        rnn(nn.LSTM, x=dnn2gp.infinite.pack(torch.ones(1, 200, 2, dtype=F64)))
 
 
 @case("Monte Carlo with the kernel of another recurrent net")

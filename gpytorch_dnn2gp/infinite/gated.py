@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import tiling
 from .integrals import Dual, Erf, Numerical, dual
 from .matrix import Recursion
 from .recurrent import later, read, reversed_states
@@ -298,6 +299,14 @@ class GatedRecurrence(Recursion):
     def _within(self, v: dict, x: Tensor) -> Tensor:
         """H of all pairs of tokens of each sequence, ``(P, T, T)``, from x.x'/d."""
         length = x.shape[-1]
+        if torch.is_grad_enabled() and any(u.requires_grad for u in (x, *(u for each in v.values() for u in each))):
+            tiling.require_memory(
+                2 * self.paths * length**2 * len(x),  # every token keeps the paths of all before it
+                x.dtype,
+                x.device,
+                f"Gradients along {self.paths} paths, for {len(x)} sequence(s) of {length} tokens,",
+                "Take shorter sequences, fewer of them at once, fewer paths, or torch.no_grad().",
+            )
         process = _Process(self._nodes(length, x)[0][..., : self.paths // 2])  # the other half is the same
         columns, states, state, memory = [], [], None, None
         for t in range(length):
