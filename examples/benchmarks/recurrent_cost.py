@@ -115,7 +115,8 @@ def main() -> None:
                 for name in arguments.kernels:
                     sizes, *values = lines[varied, name]
                     ax.plot(sizes, [v / (1e6 if row else 1) for v in values[row]], "o-", label=name)
-                ax.set(xscale="log", yscale="log", xlabel=f"{varied} of sequences", ylabel=label)
+                ax.set(yscale="log", xlabel=f"{varied} of sequences", ylabel=label)
+                ax.set_xscale("log", base=2)
                 ax.legend()
         figure.savefig(arguments.picture, dpi=120)
 
