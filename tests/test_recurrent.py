@@ -1,5 +1,6 @@
 """Recurrent nets at infinite width: reference numbers, laws, gradients, wide random nets."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -475,3 +476,13 @@ def test_nodes_do_not_depend_on_how_many_there_are():
     assert torch.equal(gated.nodes(7, 64)[:3], gated.nodes(3, 64))
     z = gated.nodes(5, 2**12)
     torch.testing.assert_close(z @ z.mT / 2**12, torch.eye(5, dtype=F64), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [infinite.simple_rnn, functools.partial(infinite.gru, paths=64), infinite.transformer])
+def test_all_states_of_tokens_that_are_single_numbers(make):
+    x = infinite.pack(torch.ones(2, 3, 1, dtype=F64), torch.tensor([3, 2]))
+    K = dense(make(1, readout="all").double(), x)
+    assert K.shape == (6, 6)
+    assert (K.diagonal() > 0).tolist() == [True] * 5 + [False]
+    last = dense(make(1).double(), x)
+    assert_relative(K[2, 4].view(1), last[0, 1].view(1), 1e-9)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .rules import Linear, _trained, rule
+from .sequences import READOUTS
 from .state import Features, State
 
 MECHANISMS = ("softmax", "identity", "relu")
-READOUTS = ("last", "mean", "all")
 _EPS = 1e-12  # of LayerNorm
 
 

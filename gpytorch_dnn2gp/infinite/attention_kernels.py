@@ -39,16 +39,11 @@ class _SequenceKernel(InfiniteKernel):
             raise ValueError(f"kernel must be 'nngp' or 'ntk'; got {kernel!r}.")
         if parameterization not in PARAMETERIZATIONS or parameterization == "standard":
             raise ValueError(f"parameterization must be 'ntk' or 'plain'; got {parameterization!r}.")
-        priors, constraints = priors or {}, constraints or {}
-        for name in (priors | constraints).keys() - values.keys():
-            raise ValueError(f"There is no hyperparameter {name!r}; there are {', '.join(values)}.")
         super().__init__(program, ntk=parameterization if kernel == "ntk" else None, **options)
         counts = Counter(step.hyper[0] for step in program.steps if step.index is not None)
         counts["bias_variance"] = counts["weight_variance"]
-        for name, value in zip(values, as_tensors(*values.values())):
-            several = value.dim() > len(self.batch_shape) and value.shape[-1] > 1
-            count = counts.get(name, 1) if several else 1
-            self._register(name, value, count, constraints.get(name), priors.get(name))
+        tensors = dict(zip(values, as_tensors(*values.values())))
+        self._register_all(tensors, counts, priors, constraints)
 
     @property
     def input_size(self) -> int:
@@ -59,10 +54,6 @@ class _SequenceKernel(InfiniteKernel):
     def layers(self) -> tuple[str, ...]:
         """The layers with weights."""
         return self.program.layers
-
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
-        """L with ``readout="all"``, else 1."""
-        return x1.shape[-1] // self.input_size if self.program.all_states else 1
 
 
 class TransformerKernel(_SequenceKernel):

@@ -29,7 +29,7 @@ from .. import tiling
 from .integrals import Dual, Erf, Numerical, dual
 from .matrix import Recursion
 from .recurrent import later, read, reversed_states
-from .sequences import Sequences, split, unpack
+from .sequences import Sequences, num_tokens, split, unpack
 from .state import Features, Run, Within
 
 NUGGET = 1e-12  # added to variances, relative: so derivatives are right where sequences begin in the same way
@@ -220,11 +220,11 @@ class GatedRecurrence(Recursion):
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """L with ``readout="all"``."""
-        return shape[0] // self.input_size if self.readout == "all" else 1
+        return num_tokens(shape[0], self.input_size) if self.readout == "all" else 1
 
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """All paths of one sequence."""
-        return self.paths * (shape[0] // self.input_size)
+        return self.paths * num_tokens(shape[0], self.input_size)
 
     def block(self, x: Features) -> Tensor:
         """See :class:`Recursion`."""

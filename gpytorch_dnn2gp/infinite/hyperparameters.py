@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from gpytorch.constraints import GreaterThan, Interval, Positive
@@ -106,6 +106,22 @@ class HyperparameterKernel(Kernel):
         if prior is not None:
             self.register_prior(f"{name}_prior", prior, _Getter(name), _Setter(name))
 
+    def _register_all(
+        self,
+        values: dict[str, Tensor],
+        counts: Mapping[str, int],
+        priors: dict[str, Prior] | None,
+        constraints: dict[str, Interval] | None,
+    ) -> None:
+        """:meth:`_register` by name: ``counts`` entries where several are given, else one."""
+        priors, constraints = priors or {}, constraints or {}
+        for name in (*priors, *constraints):
+            if name not in values:
+                raise ValueError(f"There is no hyperparameter {name!r}; there are {', '.join(values)}.")
+        for name, value in values.items():
+            several = value.dim() > len(self.batch_shape) and value.shape[-1] > 1
+            self._register(name, value, counts.get(name, 1) if several else 1, constraints.get(name), priors.get(name))
+
     @property
     def _raw(self) -> Tensor:
         return getattr(self, f"raw_{self._names[0]}")
@@ -148,6 +164,10 @@ class InfiniteKernel(HyperparameterKernel):
         self.program = recursion
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.dropout, self.progress, self._ntk = dropout, progress, ntk
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        """Rows of the matrix for each input: one, or one for each token of a sequence."""
+        return self.program.rows(self.input_shape or x1.shape[-1:])
 
     @in_plain_mode
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params) -> Tensor:

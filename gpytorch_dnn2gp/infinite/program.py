@@ -31,7 +31,7 @@ from .rules import (
     Pool,
     Weighted,
 )
-from .sequences import split, unpack
+from .sequences import num_tokens, split, unpack
 from .state import Features, Run, State, Within
 
 HOW_TO_ADD = (
@@ -108,7 +108,7 @@ class Program(Recursion):
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """L where all states of a sequence are read."""
-        return shape[0] // self.input_size if self.all_states else 1
+        return num_tokens(shape[0], self.input_size) if self.all_states else 1
 
     def require_inputs(self, x: Tensor) -> None:
         """Finite numbers, or packed sequences of these."""

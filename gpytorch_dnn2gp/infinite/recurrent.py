@@ -25,10 +25,9 @@ from torch import Tensor
 
 from .integrals import Dual
 from .matrix import Recursion
-from .sequences import Sequences, split, unpack
+from .sequences import READOUTS, Sequences, num_tokens, split, unpack
 from .state import Features, Run, Within
 
-READOUTS = ("last", "mean", "all")
 Steps = tuple[Tensor, Tensor | None]  # S and T
 
 
@@ -77,15 +76,15 @@ class SimpleRecurrence(Recursion):
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """L with ``readout="all"``."""
-        return shape[0] // self.input_size if self.readout == "all" else 1
+        return num_tokens(shape[0], self.input_size) if self.readout == "all" else 1
 
     def num_steps(self, shape: tuple[int, ...]) -> int:
         """One for each token and layer."""
-        return shape[0] // self.input_size * self.num_layers * (1 + self.bidirectional)
+        return num_tokens(shape[0], self.input_size) * self.num_layers * (1 + self.bidirectional)
 
     def widest(self, x: Tensor, shape: tuple[int, ...], run: Within) -> int:
         """A number for each layer; for the mean, along one sequence; for all states, along both."""
-        length = shape[0] // self.input_size
+        length = num_tokens(shape[0], self.input_size)
         return length ** READOUTS.index(self.readout) * (1 + self.num_layers)
 
     def block(self, x: Features) -> Tensor:

@@ -19,7 +19,8 @@ from .gated import GatedRecurrence, GRURecurrence, LSTMRecurrence
 from .hyperparameters import Hyperparameter, InfiniteKernel, Numbers, as_tensors
 from .integrals import dual
 from .matrix import covariance
-from .recurrent import READOUTS, SimpleRecurrence
+from .recurrent import SimpleRecurrence
+from .sequences import READOUTS
 
 
 class RecurrentKernel(InfiniteKernel):
@@ -53,13 +54,8 @@ class RecurrentKernel(InfiniteKernel):
         super().__init__(recursion, **options)
         names = ("input_variance", "recurrent_variance", "bias_variance", "readout_variance")
         values = as_tensors(input_variance, recurrent_variance, bias_variance, readout_variance, like=like)
-        for name in {**(priors or {}), **(constraints or {})}:
-            if name not in names:
-                raise ValueError(f"There is no hyperparameter {name!r}; there are {', '.join(names)}.")
-        for name, value in zip(names, values):
-            several = value.dim() > len(self.batch_shape) and value.shape[-1] > 1
-            count = recursion.num_variances if several and name != "readout_variance" else 1
-            self._register(name, value, count, (constraints or {}).get(name), (priors or {}).get(name))
+        counts = dict.fromkeys(names[:3], recursion.num_variances)
+        self._register_all(dict(zip(names, values)), counts, priors, constraints)
 
     @property
     def readout(self) -> str:
@@ -70,10 +66,6 @@ class RecurrentKernel(InfiniteKernel):
     def input_size(self) -> int:
         """Numbers per token."""
         return self.program.input_size
-
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
-        """L with ``readout="all"``, else 1."""
-        return x1.shape[-1] // self.input_size if self.readout == "all" else 1
 
     @torch.no_grad()
     def integration_error(self, x1: Tensor, x2: Tensor | None = None, rules: int = 4) -> float:

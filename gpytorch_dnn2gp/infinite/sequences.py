@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..numerics import first_index
 
+READOUTS = ("last", "mean", "all")  # which states of a sequence a net reads
 FORMAT = "Rows are made by infinite.pack(sequences): the tokens one after the other, padding, and the length at last."
 
 
@@ -51,6 +52,11 @@ class Sequences:
 
     def _taken(self, index: Tensor) -> Tensor:
         return self.tokens.gather(-2, index.unsqueeze(-1).expand(self.tokens.shape))
+
+
+def num_tokens(row: int, input_size: int) -> int:
+    """L, for rows of so many numbers."""
+    return (row - 1) // input_size
 
 
 def pack(sequences: Sequence[Tensor] | Tensor, lengths: Tensor | None = None, max_length: int | None = None) -> Tensor:
