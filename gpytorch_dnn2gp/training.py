@@ -13,12 +13,14 @@ Unlike everything else in the package but ``optim``, these functions change the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -171,6 +173,10 @@ def _assign(weights: Sequence[Tensor], flat: Tensor) -> None:
         w.copy_(piece.view_as(w))
 
 
+class _Spent(Exception):
+    """All evaluations are used up."""
+
+
 def _lbfgs(
     problem: _Problem,
     max_evaluations: int,
@@ -178,19 +184,23 @@ def _lbfgs(
     progress: bool | None,
     callback: Callback | None = None,
 ) -> list[float]:
-    """In eval mode, all data at once; the net keeps the weights that were reached, also when interrupted."""
+    """In eval mode, all data at once; the net keeps the weights that were reached, also when interrupted.
+
+    SciPy's L-BFGS, which costs a fraction of an evaluation; where its line search gives up, at values that are not
+    finite or differ by rounding alone, :func:`stacked_lbfgs` goes on.
+    """
     problem.net.eval()
     weights = problem.weights
     history: list[float] = []
-    w = _flat(weights).detach()[None].clone()
+    w = _flat(weights).detach()[None].clone()  # accepted so far
     bar = tiling.progress(None, "L-BFGS", progress, unit=" evaluations")
 
-    def objective(trial: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(trial: Tensor, _: object = None) -> tuple[Tensor, Tensor]:
         _assign(weights, trial[0])
         value, gradient = problem()
         return value[None], gradient[None]
 
-    def report(_: Tensor, values: Tensor) -> None:
+    def report(_: object, values: Tensor) -> None:
         history.append(float(values))
         bar.update()
         bar.set_postfix(objective=f"{history[-1]:.6g}")
@@ -198,8 +208,30 @@ def _lbfgs(
             _assign(weights, w[0])
             callback(len(history))
 
+    trial, gradient = w.clone(), None
+
+    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal gradient
+        if len(history) >= max_evaluations:
+            raise _Spent
+        trial[0] = torch.from_numpy(point)
+        value, gradient = objective(trial)
+        report(None, value)
+        value = value if value.isfinite() else torch.nan  # at which SciPy stops; from infinity it would go anywhere
+        return float(value), gradient[0].double().cpu().numpy()
+
+    def accept(_: np.ndarray) -> None:  # its line search ends with the point that it evaluated last
+        w.copy_(trial)
+        if gradient.norm() <= tolerance:
+            raise StopIteration
+
     try:
-        stacked_lbfgs(objective, w, max_evaluations, tolerance, report)
+        options = {"maxcor": 50, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
+        start = w[0].double().cpu().numpy()
+        with contextlib.suppress(_Spent):
+            minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=accept, options=options)
+            if not gradient.norm() <= tolerance and len(history) < max_evaluations:
+                stacked_lbfgs(objective, w, max_evaluations - len(history), tolerance, report)
     finally:
         bar.close()
         _assign(weights, w[0])

@@ -25,8 +25,8 @@ as they are. Methods:
                            prior precision by "evidence" (its marglik), or "held-out" (its gridsearch), probit
 
 Accuracy, NLL, ECE (15 bins) of the test labels; for MNIST also the AUROC of Fashion and KMNIST test images against
-MNIST's, by the summed epistemic variance of the probabilities (Monte Carlo) and by 1 - max p. Cost: processor time, one
-thread, of all that follows training.
+MNIST's, by the summed epistemic variance of the probabilities ("variance", Monte Carlo), by that of the outputs
+("variance f", the trace of their covariance) and by 1 - max p. Cost: processor time of all that follows training.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import contextlib
 import functools
 import gzip
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,10 +56,12 @@ SMALL, MNIST = ("digits", "breast cancer", "banana"), ("mnist 2000", "mnist 6000
 ALL_WEIGHTS = ("probit evidence", "probit held-out", "mc held-out", "both held-out")
 PEERS = ("kron evidence", "kron held-out", "ll evidence", "ll held-out")
 METHODS = ("net", "temperature", *ALL_WEIGHTS, "last layer held-out", "diagonal held-out", *PEERS)
-SCORES = ("accuracy", "nll", "ece", *(f"{s} {by}" for s in ("fashion", "kmnist") for by in ("variance", "max p")))
+DETECTORS = ("variance", "variance f", "max p")
+SCORES = ("accuracy", "nll", "ece", *(f"{s} {by}" for s in ("fashion", "kmnist") for by in DETECTORS))
 KEY, COLUMNS = ("set", "split", "method"), (*SCORES, "cpu_seconds", "seconds", "delta")
 DELTAS = torch.logspace(-1, 5, 13, dtype=torch.float64)
 BATCH = 500
+Found = tuple[Tensor, Tensor | None]  # probabilities (m, K) and, where there are any, epistemic variances (m, 2)
 
 
 @dataclass
@@ -160,14 +163,39 @@ def best_scale(variance: Tensor, f: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 class GP:
-    """The GP of a problem's net with delta and a factor of the outputs."""
+    """The GP of a problem's net with delta and a factor of the outputs.
+
+    Methods share it where they differ in these alone: what is ``kept`` by one (the Gram, the moments of held-out
+    outputs for each delta) is not computed again, but its cost counts for each method that uses it.
+    """
 
     def __init__(self, problem: Problem, **options) -> None:
-        self.problem, self.scale = problem, 1.0
+        self.problem, self.scale, self._kept = problem, 1.0, {}
         shape = tuple(problem.train[0].shape[1:])
         shape = {"input_shape": shape} if len(shape) > 1 else {}
         data = problem.net, *problem.train, Categorical(), problem.prior_precision
         self.gp = LaplaceGP(*data, **shape, **options, progress=False)
+
+    def begin(self) -> None:
+        """A method begins: it has used nothing yet."""
+        self.scale, self._used, self._made = 1.0, set(), set()
+        self.kept("gram", self.gp.posterior)
+
+    def kept(self, key: object, make: Callable[[], object]) -> object:
+        """What ``make()`` returns, computed once."""
+        if key not in self._kept:
+            with Cost() as cost:
+                self._kept[key] = make(), cost
+            self._made.add(key)
+        self._used.add(key)
+        return self._kept[key][0]
+
+    def cost_of_earlier(self) -> Cost:
+        """What this method has used and others made."""
+        total = Cost()
+        costs = [self._kept[key][1] for key in self._used - self._made]
+        total.cpu_seconds, total.seconds = (sum(getattr(c, n) for c in costs) for n in ("cpu_seconds", "seconds"))
+        return total
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,25 +213,25 @@ class GP:
         best = (math.inf, 0.0, 1.0)
         for delta in tables.tiling.progress(deltas.tolist(), "delta on held-out labels"):
             self.gp.prior_precision = delta
+            f, covariance = self.kept(delta, lambda: self.moments(x))
             if approximation == "mc":
-                here = (-float(self.probs(x, "mc")[0][range(len(y)), y].log().mean()), delta, 1.0)
+                here = (-float(sampled_probs(f, covariance).mean(0)[range(len(y)), y].log().mean()), delta, 1.0)
             else:
-                f, covariance = self.moments(x)
                 variance = covariance.diagonal(dim1=-2, dim2=-1)
                 scale, value = best_scale(variance, f, y) if scaled else (1.0, None)
                 here = (nll(f / (1 + math.pi / 8 * variance).sqrt(), y) if value is None else value, delta, scale)
             best = min(best, here)
         _, self.gp.prior_precision, self.scale = best
 
-    def probs(self, x: Tensor, approximation: str) -> tuple[Tensor, Tensor]:
-        """Probabilities ``(m, K)`` and summed epistemic variances of the probabilities by Monte Carlo ``(m,)``."""
+    def probs(self, x: Tensor, approximation: str) -> Found:
+        """Probabilities ``(m, K)`` and summed epistemic variances, of probabilities (Monte Carlo) and of f, ``(m, 2)``."""
         f, covariance = self.moments(x)
         samples = sampled_probs(f, covariance)
         p = samples.mean(0)
         if approximation == "probit":
             variance = covariance.diagonal(dim1=-2, dim2=-1)
             p = (self.scale * f / (1 + math.pi / 8 * self.scale**2 * variance).sqrt()).softmax(-1)
-        return p, samples.var(0).sum(-1)
+        return p, torch.stack([samples.var(0).sum(-1), covariance.diagonal(dim1=-2, dim2=-1).sum(-1)], -1)
 
 
 def sampled_probs(f: Tensor, covariance: Tensor, num_samples: int = 200) -> Tensor:
@@ -215,27 +243,39 @@ def sampled_probs(f: Tensor, covariance: Tensor, num_samples: int = 200) -> Tens
 
 
 class Study:
-    """One job after the other; the trained net is kept for the methods that share it."""
+    """One job after the other; the trained net, and its GP of all weights, are kept for the methods that share them."""
 
     def __init__(self, folder, peer: tables.Peer | None, num_test: int, threads: int) -> None:
         self.folder, self.peer, self.num_test, self.threads = folder, peer, num_test, threads
         self.problem = functools.lru_cache(1)(self._problem)
+        self.gp = functools.lru_cache(1)(self._gp)
 
     def _problem(self, name: str, seed: int) -> Problem:
         if name in SMALL:
             return small(self.folder, name, seed)
         return mnist(self.folder, name, seed, self.num_test)
 
+    def _gp(self, name: str, seed: int, kind: str) -> GP:
+        options = {"last layer": {"params": "last_layer"}, "diagonal": {"structure": "diagonal"}}.get(kind, {})
+        return GP(self.problem(name, seed), **options)
+
     def __call__(self, job) -> dict:
         problem, method = self.problem(job["set"], job["split"]), job["method"]
         inputs = {"test": problem.test[0], **problem.others}
+        earlier, delta = None, ""
         if method in PEERS:
             found, costs = self.by_peer(problem, method, inputs)
-            delta = ""
         else:
             with Cost() as cost:
-                found, delta = by_us(problem, method, inputs)
-            costs = {"cpu_seconds": cost.cpu_seconds, "seconds": cost.seconds}
+                if method in ("net", "temperature"):
+                    found = by_net(problem, method, inputs)
+                else:
+                    kind = "all weights" if method in ALL_WEIGHTS else method.removesuffix(" held-out")
+                    gp = self.gp(job["set"], job["split"], kind)
+                    gp.begin()
+                    found, delta = by_gp(gp, method, inputs)
+                    earlier = gp.cost_of_earlier()
+            costs = {n: getattr(cost, n) + (getattr(earlier, n) if earlier else 0) for n in ("cpu_seconds", "seconds")}
         return {**scores(found, problem.test[1]), **costs, "delta": delta}
 
     def by_peer(self, problem: Problem, method: str, inputs: dict[str, Tensor]):
@@ -253,7 +293,7 @@ class Study:
         found, answer = self.peer(arrays, **options, **case[structure], tune=tune, threads=self.threads)
         ends = np.cumsum([len(inputs[name]) for name in sorted(inputs)])[:-1]
         parts = dict(zip(sorted(inputs), np.split(found, ends), strict=True))
-        results = {name: (torch.from_numpy(a[:, :-1]), torch.from_numpy(a[:, -1])) for name, a in parts.items()}
+        results = {name: (torch.from_numpy(a[:, :-2]), torch.from_numpy(a[:, -2:])) for name, a in parts.items()}
         return results, {name: answer[name] for name in ("cpu_seconds", "seconds")}
 
     def estimate(self, job) -> float:
@@ -269,40 +309,44 @@ class Study:
 
 
 @torch.no_grad()
-def by_us(problem: Problem, method: str, inputs: dict[str, Tensor]) -> tuple[dict, str]:
-    """Probabilities and epistemic variances (None without) by the name of the inputs; and delta."""
-    if method in ("net", "temperature"):
-        scale = 1.0
-        if method == "temperature":
-            f = outputs(problem.net, problem.held_out[0])
-            scale, _ = best_scale(torch.zeros(()), f, problem.held_out[1])
-        return {name: ((scale * outputs(problem.net, x)).softmax(-1), None) for name, x in inputs.items()}, ""
+def by_net(problem: Problem, method: str, inputs: dict[str, Tensor]) -> dict[str, Found]:
+    """Probabilities by the name of the inputs."""
+    scale = 1.0
+    if method == "temperature":
+        f = outputs(problem.net, problem.held_out[0])
+        scale, _ = best_scale(torch.zeros(()), f, problem.held_out[1])
+    return {name: ((scale * outputs(problem.net, x)).softmax(-1), None) for name, x in inputs.items()}
+
+
+@torch.no_grad()
+def by_gp(gp: GP, method: str, inputs: dict[str, Tensor]) -> tuple[dict[str, Found], str]:
+    """Probabilities and epistemic variances by the name of the inputs; and delta."""
     kind, _, tune = method.rpartition(" ")
-    options = {"last layer": {"params": "last_layer"}, "diagonal": {"structure": "diagonal"}}.get(kind, {})
-    gp = GP(problem, **options)
     approximation = "mc" if kind in ("mc", "last layer", "diagonal") else "probit"
     if tune == "evidence":
         gp.by_evidence()
     else:  # each value costs a factorisation of the whole matrix: fewer where that is large
-        exact = gp.gp.solver == "function_space" and len(problem.train[0]) > 1000
+        exact = gp.gp.solver == "function_space" and len(gp.problem.train[0]) > 1000
         gp.by_held_out(approximation, scaled=kind == "both", deltas=DELTAS[2::2] if exact else DELTAS)
     return {name: gp.probs(x, approximation) for name, x in inputs.items()}, f"{float(gp.gp.prior_precision):.4g}"
 
 
-def scores(found: dict[str, tuple[Tensor, Tensor | None]], y: Tensor) -> dict[str, float]:
-    p, variance = found["test"]
+def scores(found: dict[str, Found], y: Tensor) -> dict[str, float]:
+    p, variances = found["test"]
     made = {
         "accuracy": float((p.argmax(-1) == y).double().mean()),
         "nll": -float(p[range(len(y)), y].clamp(min=1e-30).log().mean()),
         "ece": float(metrics.calibration_error(p, y)),
     }
-    for name, (other, other_variance) in found.items():
+    for name, (other, other_variances) in found.items():
         if name == "test":
             continue
         is_other = np.r_[np.zeros(len(p)), np.ones(len(other))]
         made[f"{name} max p"] = roc_auc_score(is_other, 1 - torch.cat([p, other]).max(-1).values)
-        if variance is not None:
-            made[f"{name} variance"] = roc_auc_score(is_other, torch.cat([variance, other_variance]))
+        if variances is not None:
+            for column, by in enumerate(("variance", "variance f")):
+                both = torch.cat([variances[:, column], other_variances[:, column]])
+                made[f"{name} {by}"] = roc_auc_score(is_other, both)
     return made
 
 

@@ -4,8 +4,8 @@ A case has ``task``:
 
 - "marglik": `marglik_training` of a net with one hidden layer, for regression. Result: means and variances of the test
   labels, ``(2, m)``.
-- "classes": a Laplace approximation of a given trained net. Result: class probabilities and epistemic variance of each
-  set of test inputs, one after the other, ``(m, K + 1)``.
+- "classes": a Laplace approximation of a given trained net. Result: class probabilities and two epistemic variances of
+  each set of test inputs, one after the other, ``(m, K + 2)``.
 """
 
 from __future__ import annotations
@@ -90,12 +90,14 @@ def classes(case, arrays):
 
 @torch.no_grad()
 def predicted(la, x: Tensor, case) -> Tensor:
-    """Probabilities, and the summed variance of the probabilities of 200 draws, ``(m, K + 1)``."""
+    """Probabilities, the summed variance of the probabilities of 200 draws, and that of the outputs, ``(m, K + 2)``."""
     parts = []
     for part in x.split(case["batch"]):
         probs = la(part, pred_type="glm", link_approx=case["link"])
         samples = la.predictive_samples(part, pred_type="glm", n_samples=200)
-        parts.append(torch.cat([probs, samples.var(0).sum(-1, keepdim=True)], -1).detach())
+        _, covariance = la._glm_predictive_distribution(part)
+        variances = samples.var(0).sum(-1), covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        parts.append(torch.cat([probs, torch.stack(variances, -1)], -1).detach())
     return torch.cat(parts)
 
 
