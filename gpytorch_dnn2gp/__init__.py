@@ -28,7 +28,7 @@ from .kernels import JacobianKernel, NetworkMean
 from .likelihoods import GGNLikelihood
 from .linearize import Linearization
 from .numerics import NumericalWarning
-from .prediction import Prediction, Stationarity, StationarityWarning
+from .prediction import Prediction, Stationarity, StationarityWarning, average
 from .selection import compare, fit_evidence
 from .serialization import load, save
 from .variational import VariationalGP, sampling_predictive
@@ -46,6 +46,7 @@ __all__ = [
     "Stationarity",
     "StationarityWarning",
     "VariationalGP",
+    "average",
     "compare",
     "dual",
     "fit_evidence",

@@ -48,16 +48,21 @@ def coverage(y: Distribution, labels: Tensor, level: float = 0.95) -> Tensor:
     labels = _like(y, labels)
     if isinstance(y, Categorical):
         return _chance_in_set(y.probs, labels, level).mean()
-    base = y.base_dist if isinstance(y, Independent) else y
+    base = entries(y)
     if isinstance(base, Bernoulli):
         return _chance_in_set(torch.stack([1 - base.probs, base.probs], -1), labels.long(), level).mean()
-    if isinstance(base, MultivariateNormal):
-        base = Normal(base.mean, base.stddev)
     try:
         below = base.cdf(labels)
     except NotImplementedError:
         raise TypeError(f"coverage needs the distribution function (cdf) of y, which {base} does not have.") from None
     return ((below - 0.5).abs() <= level / 2).to(below).mean()
+
+
+def entries(y: Distribution) -> Distribution:
+    """The entries of a vector each by itself, as a batch: what ``cdf`` is about."""
+    if isinstance(y, MultivariateNormal):
+        return Normal(y.mean, y.stddev)
+    return y.base_dist if isinstance(y, Independent) else y
 
 
 def calibration_error(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Tensor:

@@ -224,7 +224,7 @@ class GP:
         _, self.gp.prior_precision, self.scale = best
 
     def probs(self, x: Tensor, approximation: str) -> Found:
-        """Probabilities ``(m, K)`` and summed epistemic variances, of probabilities (Monte Carlo) and of f, ``(m, 2)``."""
+        """Probabilities ``(m, K)`` and summed epistemic variances, of those (Monte Carlo) and of f, ``(m, 2)``."""
         f, covariance = self.moments(x)
         samples = sampled_probs(f, covariance)
         p = samples.mean(0)

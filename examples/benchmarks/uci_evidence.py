@@ -36,9 +36,9 @@ import tables
 import torch
 from tables import Cost, Split, Table
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Distribution, Independent, Normal
 
-from gpytorch_dnn2gp import LaplaceGP, NumericalWarning, compare, fit_evidence, metrics, training
+from gpytorch_dnn2gp import LaplaceGP, NumericalWarning, average, compare, fit_evidence, metrics, training
 from gpytorch_dnn2gp.losses import Gaussian
 from gpytorch_dnn2gp.selection import Candidate
 
@@ -72,13 +72,6 @@ def by_evidence(split: Split, seed: int, groups: int | None, start: dict[str, fl
         return gp
     delta = [start["delta"]] * groups
     return training.train_with_evidence(model, split.x, split.y, loss, delta, **ONLINE, progress=False).gp
-
-
-def mixture(ys: list[Distribution]) -> Distribution:
-    """The average of Gaussian densities of one label each."""
-    mean, spread = (torch.cat([part(y) for y in ys], -1) for part in (lambda y: y.mean, lambda y: y.stddev))
-    weights = torch.distributions.Categorical(torch.ones_like(mean))
-    return MixtureSameFamily(weights, Normal(mean, spread))
 
 
 def by_cross_validation(split: Split, seed: int) -> LaplaceGP:
@@ -191,8 +184,8 @@ class Study:
             return predicted(by_cross_validation(split, seed), split)
         if method == "average":
             starts = (seed, START), (seed + 1000, SMOOTH)
-            found = [predicted(by_evidence(split, number, 1, start), split) for number, start in starts]
-            return mixture([y for y, _ in found]), {}
+            gps = [by_evidence(split, number, 1, start) for number, start in starts]
+            return average([gp.predict(split.test_x) for gp in gps]).y, {}
         return predicted(by_evidence(split, seed, {"post hoc": None, "online": 1, "layerwise": 4}[method]), split)
 
     def by_peer(self, split: Split, seed: int, structure: str) -> tuple[Distribution, dict, dict]:
@@ -217,11 +210,10 @@ class Study:
 
 @torch.no_grad()
 def scores(y: Distribution, split: Split) -> dict[str, float]:
-    labels = split.test_y[:, 0] if isinstance(y, MixtureSameFamily) else split.test_y
     return {
-        "nll": float(metrics.negative_log_likelihood(y, labels)) + math.log(split.scale),
-        "rmse": float((y.mean - labels).square().mean().sqrt()) * split.scale,
-        "coverage": float(metrics.coverage(y, labels, 0.95)),
+        "nll": float(metrics.negative_log_likelihood(y, split.test_y)) + math.log(split.scale),
+        "rmse": float((y.mean - split.test_y).square().mean().sqrt()) * split.scale,
+        "coverage": float(metrics.coverage(y, split.test_y, 0.95)),
     }
 
 
