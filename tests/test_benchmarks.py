@@ -127,20 +127,28 @@ def test_uci_evidence(script, few, tmp_path, monkeypatch, capsys):
 def test_conditioning(script, few, monkeypatch):
     study = script("conditioning")
     monkeypatch.setitem(study.OPTIONS, "max_iterations", 100)
-    found = study.study(study.data(None, "diabetes", 0), width=5)
+    found = study.study(study.data(None, "diabetes", 0), width=5, nets=2)
     assert found["rows"] == 60
     assert all(0.5 < found[f"nll {stage}"] < 10 for stage in study.STAGES), found
 
 
 def test_classification(script):
     classes = script("classification")
-    problem = classes.small(None, "breast cancer", 0)
+    study = classes.Study(None, None, num_test=10, threads=1)
+    problem = study.problem("breast cancer", 0)
+    problem.others["fashion"] = 3 * problem.test[0]
     found = {}
-    for method in ("net", "temperature", "probit evidence", "both held-out", "last layer held-out"):
-        labels, _ = classes.by_us(problem, method, {"test": problem.test[0], "other": 3 * problem.test[0]})
-        found[method] = classes.scores(labels, problem.test[1])
+    for method in ("net", "temperature", "probit evidence", "both held-out", "mc held-out", "last layer held-out"):
+        found[method] = study({"set": "breast cancer", "split": 0, "method": method})
     assert all(row["accuracy"] > 0.9 and row["nll"] < 0.4 for row in found.values()), found
-    assert 0 <= found["probit evidence"]["other variance"] <= 1 and "other variance" not in found["net"]
+    assert 0 <= found["probit evidence"]["fashion variance"] <= 1 and "fashion variance" not in found["net"]
+    assert found["last layer held-out"]["fashion variance f"] > 0.5  # three times as far out
+    # what "mc held-out" shares with "both held-out", moments for each delta, counts for both
+    gp = study.gp("breast cancer", 0, "last layer")
+    gp.begin()
+    assert gp.cost_of_earlier().cpu_seconds == gp._kept["gram"][1].cpu_seconds
+    gp.by_held_out("mc")
+    assert gp.cost_of_earlier().cpu_seconds == sum(cost.cpu_seconds for _, cost in gp._kept.values())
 
 
 def test_approximations(script, few, tmp_path, monkeypatch):
