@@ -31,7 +31,7 @@ from .gp import LaplaceGP, NetworkGP
 from .laplace import Splitting
 from .likelihoods import GGNLikelihood
 from .losses import Loss
-from .numerics import cholesky, log_det
+from .numerics import NotPositiveDefiniteError, cholesky, log_det
 from .prediction import StationarityWarning
 from .solvers import information_matrix
 
@@ -360,7 +360,14 @@ def fit_evidence(
     history: list[tuple[float, np.ndarray, float]] = []  # objective, logarithms, evidence
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
-        total, here, gradient = problem.gradient(evidence, torch.as_tensor(values))
+        try:
+            total, here, gradient = problem.gradient(evidence, torch.as_tensor(values))
+        except NotPositiveDefiniteError:
+            if not history:
+                raise
+            value, center, _ = max(history, key=lambda item: item[0])
+            away = values - center  # too far: a steep bowl around the best so far lets the line search step back
+            return -value + (1 + abs(value)) * float(away @ away), 2 * (1 + abs(value)) * away
         history.append((total, values.copy(), here))
         bar.update()
         bar.set_postfix(evidence=f"{here:.2f}")

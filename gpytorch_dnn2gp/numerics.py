@@ -106,6 +106,10 @@ def symmetrize(a: Tensor) -> Tensor:
     return (a + a.mT) / 2
 
 
+class NotPositiveDefiniteError(ValueError):
+    """A matrix that should have a Cholesky factor has none in this precision."""
+
+
 def cholesky(a: Tensor, name: str) -> Tensor:
     """Lower Cholesky factor of a positive definite ``(..., p, p)``; jitter only if it fails, and then a warning.
 
@@ -114,7 +118,8 @@ def cholesky(a: Tensor, name: str) -> Tensor:
         name: what the matrix is, for messages.
 
     Raises:
-        ValueError: if ``a`` is not finite, or not positive definite even with jitter of 1e-4 of its mean diagonal.
+        ValueError: if ``a`` is not finite; :class:`NotPositiveDefiniteError` if it is not positive definite even with
+            jitter of 1e-4 of its mean diagonal.
     """
     factor, info = torch.linalg.cholesky_ex(a)
     if not info.any():
@@ -134,7 +139,7 @@ def cholesky(a: Tensor, name: str) -> Tensor:
             )
             return factor
         relative *= 10
-    raise ValueError(
+    raise NotPositiveDefiniteError(
         f"{name} is not positive definite, even with {relative / 10:.0e} of its mean diagonal added. "
         "Use float64, or a larger prior precision."
     )

@@ -624,6 +624,29 @@ def _(tmp):
 # ---- evidence
 
 
+@case("nothing to average")
+def _(tmp_path):
+    dnn2gp.average([])
+
+
+@case("predictions at other inputs to average")
+def _(tmp_path):
+    gp = regression()
+    dnn2gp.average([gp.predict(X), gp.predict(X[:5])])
+
+
+@case("a joint prediction among those to average")
+def _(tmp_path):
+    gp = regression()
+    dnn2gp.average([gp.predict(X), gp.predict(X, joint=True)])
+
+
+@case("weights of an average that sum to more than one")
+def _(tmp_path):
+    p = regression().predict(X)
+    dnn2gp.average([p, p], [0.5, 0.75])
+
+
 @case("the GP evidence of a softmax")
 def _(tmp):
     classes().log_evidence(kind="gp")

@@ -398,3 +398,30 @@ def test_second_derivatives_of_the_evidence(solver):
     gp = problem("gaussian").gp(0.7, solver=solver)
     delta = torch.tensor([0.7], dtype=F64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda d: gp.log_evidence(prior_precision=d), delta)
+
+
+# ---- a search that meets what has no factor
+
+
+def test_fit_evidence_steps_back_from_values_without_a_factor(monkeypatch):
+    """Far off, as a line search may try, k and Lambda can have no Cholesky factor in this precision."""
+    free = problem("gaussian", n=30).gp(5.0)
+    dnn2gp.fit_evidence(free)
+    lowest = free.prior_precision.item() * 0.5
+    gradient, refused = mlls._LogHyperparameters.gradient, []
+
+    def failing(self, evidence, theta):
+        if theta[0].exp().item() < lowest:
+            refused.append(theta)
+            raise numerics.NotPositiveDefiniteError("no factor")
+        return gradient(self, evidence, theta)
+
+    monkeypatch.setattr(mlls._LogHyperparameters, "gradient", failing)
+    gp = problem("gaussian", n=30).gp(free.prior_precision.item() * 30)
+    before = gp.log_evidence().item()
+    fit = dnn2gp.fit_evidence(gp)
+    assert refused, "the search never went there"
+    assert fit.evidence_after > before and gp.prior_precision.item() >= lowest
+    assert_close(number(fit.evidence_after), gp.log_evidence().detach())
+    with pytest.raises(numerics.NotPositiveDefiniteError):  # but not where it begins
+        dnn2gp.fit_evidence(problem("gaussian", n=30).gp(lowest * 0.9))
