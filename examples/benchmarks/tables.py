@@ -42,7 +42,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, default=os.environ.get("DNN2GP_DATA"), help="folder of data sets")
     made.add_argument("--results", type=Path, default=HERE / "results", help="folder of CSV files, which resume")
     made.add_argument("--report", action="store_true", help="run nothing, print the tables of what is there")
-    made.add_argument("--full", action="store_true", help="everything; without it what fits into an hour or so")
+    made.add_argument("--full", action="store_true", help="everything; without it what takes a few hours in all")
     made.add_argument("--methods", nargs="+", help="only these")
     made.add_argument("--sets", nargs="+", help="only these data sets")
     made.add_argument("--peer-python", help="interpreter with laplace-torch; without it that peer is left out")
