@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -173,8 +174,8 @@ def _assign(weights: Sequence[Tensor], flat: Tensor) -> None:
         w.copy_(piece.view_as(w))
 
 
-class _Spent(Exception):
-    """All evaluations are used up."""
+class _Done(Exception):
+    """All evaluations are used up, or the first showed a stationary point."""
 
 
 def _lbfgs(
@@ -208,29 +209,32 @@ def _lbfgs(
             _assign(weights, w[0])
             callback(len(history))
 
-    trial, gradient = w.clone(), None
+    trial, small, finite = w.clone(), False, True  # evaluated last; is its gradient small, its value finite?
 
     def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal gradient
+        nonlocal small, finite
         if len(history) >= max_evaluations:
-            raise _Spent
+            raise _Done
         trial[0] = torch.from_numpy(point)
         value, gradient = objective(trial)
         report(None, value)
-        value = value if value.isfinite() else torch.nan  # at which SciPy stops; from infinity it would go anywhere
-        return float(value), gradient[0].double().cpu().numpy()
+        small, finite = bool(gradient.norm() <= tolerance), bool(value.isfinite())
+        if small and len(history) == 1:
+            raise _Done
+        return float(value) if finite else math.nan, gradient[0].double().cpu().numpy()
 
-    def accept(_: np.ndarray) -> None:  # its line search ends with the point that it evaluated last
-        w.copy_(trial)
-        if gradient.norm() <= tolerance:
+    def accept(_: np.ndarray) -> None:  # SciPy's line search ends with the point that it evaluated last
+        if finite:
+            w.copy_(trial)
+        if small or not finite:
             raise StopIteration
 
     try:
         options = {"maxcor": 50, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
         start = w[0].double().cpu().numpy()
-        with contextlib.suppress(_Spent):
+        with contextlib.suppress(_Done):
             minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=accept, options=options)
-            if not gradient.norm() <= tolerance and len(history) < max_evaluations:
+            if not small and len(history) < max_evaluations:
                 stacked_lbfgs(objective, w, max_evaluations - len(history), tolerance, report)
     finally:
         bar.close()

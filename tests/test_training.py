@@ -43,6 +43,66 @@ def test_fit_reaches_a_stationary_point(method):
     assert result.objective[-1] < result.objective[0]
 
 
+@pytest.mark.parametrize("evaluations", [1, 2, 7])
+def test_fit_by_lbfgs_keeps_to_its_evaluations(evaluations):
+    (net,) = nets(1)
+    result = training.fit(net, X, Y, Gaussian(0.5), 2.0, max_iterations=evaluations)
+    assert len(result.objective) == evaluations and not result.converged
+    assert float(training._Problem(net, X, Y, Gaussian(0.5), 2.0, None)()[0]) <= result.objective[0]
+
+
+def test_fit_at_a_stationary_point_stays_there():
+    (net,) = nets(1)
+    training.fit(net, X, Y, Gaussian(0.5), 2.0, gradient_tolerance=1e-6)
+    before = weights(net)
+    result = training.fit(net, X, Y, Gaussian(0.5), 2.0, gradient_tolerance=1e-4)
+    assert result.converged and len(result.objective) == 1
+    assert torch.equal(weights(net), before)
+
+
+@pytest.mark.parametrize("outside", [torch.nan, torch.inf])
+def test_fit_by_lbfgs_goes_on_where_the_loss_is_not_finite(outside):
+    """Steps over a barrier, -log(0.4 - f), are taken back; SciPy's line search alone gives up there."""
+
+    def fn(f, y):
+        inside = f < 0.4
+        return torch.where(inside, 50 * (f - y).square() - torch.where(inside, 0.4 - f, 1.0).log(), outside).sum()
+
+    (net,) = nets(1)
+    for p in net[-1].parameters():
+        nn.init.zeros_(p)
+    loss, y = dnn2gp.losses.from_callable(fn), Y.clamp(max=0.3)
+    result = training.fit(net, X, y, loss, 1.0, max_iterations=3000, gradient_tolerance=1e-3)
+    values = torch.tensor(result.objective)
+    assert not values.isfinite().all(), "it never went there"
+    assert result.converged and (net(X) < 0.4).all() and values[-1] < values[0]
+
+
+def test_fit_in_single_precision():
+    (net,), (other,) = nets(1), nets(1)
+    result = training.fit(net.float(), X.float(), Y.float(), Gaussian(0.5), 2.0)
+    exact = training.fit(other, X, Y, Gaussian(0.5), 2.0)
+    assert result.gradient_norm < 0.05 and abs(result.objective[-1] - exact.objective[-1]) < 1e-3
+
+
+def test_interrupted_fit_keeps_the_weights_it_has_accepted(monkeypatch):
+    (net,) = nets(1)
+    original, values = training._Problem.__call__, []
+
+    def interrupting(self):
+        if len(values) == 20:
+            raise KeyboardInterrupt
+        values.append(original(self))
+        return values[-1]
+
+    monkeypatch.setattr(training._Problem, "__call__", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(net, X, Y, Gaussian(0.5), 2.0)
+    monkeypatch.undo()
+    reached = float(training._Problem(net, X, Y, Gaussian(0.5), 2.0, None)()[0])
+    assert reached < float(values[0][0]) and any(abs(reached - float(v)) < 1e-9 for v, _ in values)
+
+
 def test_fit_by_minibatches():
     (net,) = nets(1)
     generator = torch.Generator().manual_seed(0)

@@ -241,15 +241,16 @@ def report(table: Table) -> None:
             f"{m} {r:.2f}" for m, r in sorted(zip(methods, mean_ranks, strict=True), key=lambda item: item[1])
         )
         print(f"\nmean rank by {column} over {len(complete)} data sets: {told}; Friedman's p = {p:.3g}")
+    rows = []
     for other in [m for m in methods if m in ("cv", "marglik", "marglik full", "rbf")]:
         for method in [m for m in methods if m in ("post hoc", "online", "layerwise", "average")]:
             a, b = (np.concatenate([_of(table, "nll", s, m, common[s]) for s in complete]) for m in (method, other))
-            mean, error, p = tables.paired(a, b)
+            _, _, p = tables.paired(a, b)
             costs = [sum(_of(table, "cpu_seconds", s, m, common[s]).sum() for s in complete) for m in (method, other)]
-            print(
-                f"NLL of {method} less that of {other}: {mean:.3f} ± {error:.3f} over {len(a)} splits, better in "
-                f"{np.mean(a < b):.0%}, Wilcoxon's p = {p:.2g}; {costs[1] / costs[0]:.1f} times faster"
-            )
+            better, faster = f"{np.mean(a < b):.0%} of {len(a)}", f"{costs[1] / costs[0]:.1f}"
+            rows.append([f"{method} − {other}", tables.shown(a - b), better, f"{p:.2g}", faster])
+    columns = ["", "difference of NLL, nats", "better in", "Wilcoxon's p", "times faster"]
+    print("\nover all splits of all data sets\n" + tables.markdown(columns, rows))
 
 
 def _common(table: Table, name: str, methods: list[str]) -> list[str]:
