@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution
+
+from .mixtures import entries
 
 
 def negative_log_likelihood(y: Distribution, labels: Tensor) -> Tensor:
@@ -56,13 +58,6 @@ def coverage(y: Distribution, labels: Tensor, level: float = 0.95) -> Tensor:
     except NotImplementedError:
         raise TypeError(f"coverage needs the distribution function (cdf) of y, which {base} does not have.") from None
     return ((below - 0.5).abs() <= level / 2).to(below).mean()
-
-
-def entries(y: Distribution) -> Distribution:
-    """The entries of a vector each by itself, as a batch: what ``cdf`` is about."""
-    if isinstance(y, MultivariateNormal):
-        return Normal(y.mean, y.stddev)
-    return y.base_dist if isinstance(y, Independent) else y
 
 
 def calibration_error(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Tensor:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent
+from torch.distributions import Categorical, Distribution
 
-from .metrics import entries
+from .mixtures import mixture
+from .operators import Covariance
 
 
 @dataclass(frozen=True)
@@ -57,108 +58,57 @@ def average(predictions: Iterable[Prediction], weights: Sequence[float] | Tensor
     Which member is right is one more thing not known: the epistemic variance grows where they differ.
 
     Args:
-        predictions: at the same inputs, with the same number of outputs.
-        weights: of the members, ``(S,)``, not negative, with sum one; equal by default.
+        predictions: at the same inputs, by GPs whose losses are of one kind.
+        weights: pi, ``(S,)``, not negative, with sum one; equal by default.
 
     Returns:
         ``y`` is the mixture, with ``log_prob``, ``sample``, ``mean``, ``variance`` and, where the members have one,
         ``cdf`` of each entry; ``f`` is the Gaussian with the moments of the mixture.
 
     Raises:
-        ValueError: for no predictions, shapes that differ, or weights that are none.
+        ValueError: for no predictions, predictions that do not go together, or weights as they cannot be.
     """
+    if isinstance(predictions, Prediction):
+        raise TypeError("predictions must be a list of them; to average one prediction changes nothing.")
     predictions = list(predictions)
     if not predictions:
         raise ValueError("There are no predictions to average.")
-    shapes = [(p.mean.shape, p.f.batch_shape, p.f.event_shape) for p in predictions]
-    for i, shape in enumerate(shapes):
-        if shape != shapes[0]:
+    for i, p in enumerate(predictions):
+        if _kind(p) != _kind(predictions[0]):
             raise ValueError(
-                f"Prediction {i} has mean, f of shapes {[tuple(s) for s in shape]}, prediction 0 "
-                f"{[tuple(s) for s in shapes[0]]}: predict at the same inputs, all with joint= or all without."
+                f"Prediction {i} is of {_kind(p)}, prediction 0 of {_kind(predictions[0])}: predict at the same "
+                "inputs, with losses of one kind, all with joint= or all without."
             )
-    like = predictions[0].mean
-    pi = torch.full((len(predictions),), 1 / len(predictions)) if weights is None else torch.as_tensor(weights)
-    pi = pi.to(like)
-    if pi.shape != (len(predictions),) or not (pi >= 0).all() or abs(float(pi.detach().sum()) - 1) > 1e-4:
-        raise ValueError(
-            f"weights must be {len(predictions)} numbers that are not negative and sum to one; got {pi.tolist()}."
-        )
+    pi = _weights(weights, len(predictions), predictions[0].mean)
 
     def mean_of(values: Iterable[Tensor]) -> Tensor:
         return torch.tensordot(pi, torch.stack(list(values)), 1)
 
     mean, f_mean = mean_of(p.mean for p in predictions), mean_of(p.f.mean for p in predictions)
-    covariances = []
-    for p in predictions:
-        away = (p.f.mean - f_mean).reshape(*p.f.batch_shape, -1)
-        covariances.append(p.f.covariance_matrix + away[..., :, None] * away[..., None, :])
+    away = [(p.f.mean - f_mean).reshape(*p.f.batch_shape, -1) for p in predictions]
+    covariance = mean_of(p.f.covariance_matrix + d[..., None] * d[..., None, :] for p, d in zip(predictions, away))
     return Prediction(
         mean,
         mean_of(p.aleatoric for p in predictions),
         mean_of(p.epistemic + (p.mean - mean).square() for p in predictions),
-        type(predictions[0].f)(f_mean, mean_of(covariances)),
-        _mixture([p.y for p in predictions], pi),
+        type(predictions[0].f)(f_mean, Covariance(covariance)),  # torch would factorise it at once, singular or not
+        mixture([p.y for p in predictions], pi),
         None if predictions[0].probs is None else mean_of(p.probs for p in predictions),
     )
 
 
-def _mixture(components: list[Distribution], weights: Tensor) -> Distribution:
-    first = components[0]
-    if isinstance(first, Categorical):
-        return Categorical(probs=torch.tensordot(weights, torch.stack([c.probs for c in components]), 1))
-    if isinstance(first, Independent) and isinstance(first.base_dist, Bernoulli) and first.event_shape == (1,):
-        probs = torch.tensordot(weights, torch.stack([c.base_dist.probs for c in components]), 1)
-        return Independent(Bernoulli(probs), 1)
-    return Mixture(components, weights)
+def _kind(p: Prediction) -> str:
+    labels = "numbers" if p.probs is None else "classes" if isinstance(p.y, Categorical) else "yes or no"
+    f = tuple(p.f.batch_shape), tuple(p.f.event_shape)
+    return f"{labels} with mean {tuple(p.mean.shape)} and f {f[0]} x {f[1]}"
 
 
-class Mixture(Distribution):
-    """``sum_s pi_s p_s``, components of any kind and one shape.
-
-    Args:
-        components: distributions of one batch and event shape.
-        weights: pi, ``(S,)``.
-    """
-
-    arg_constraints: dict = {}
-
-    def __init__(self, components: Sequence[Distribution], weights: Tensor) -> None:
-        self.components, self.weights = list(components), weights
-        super().__init__(components[0].batch_shape, components[0].event_shape, validate_args=False)
-
-    @property
-    def support(self):
-        return self.components[0].support
-
-    @property
-    def mean(self) -> Tensor:
-        return self._average([c.mean for c in self.components])
-
-    @property
-    def variance(self) -> Tensor:
-        mean = self.mean
-        return self._average([c.variance + (c.mean - mean).square() for c in self.components])
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        each = torch.stack([c.log_prob(value) for c in self.components], -1)
-        return torch.logsumexp(each + self.weights.log(), -1)
-
-    def cdf(self, value: Tensor) -> Tensor:
-        """Of each entry by itself."""
-        return self._average([entries(c).cdf(value) for c in self.components])
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Each draw of each batch element is one component's."""
-        shape = torch.Size(sample_shape)
-        which = torch.multinomial(self.weights, (shape + self.batch_shape).numel(), replacement=True)
-        which = which.reshape(shape + self.batch_shape + (1,) * len(self.event_shape))
-        with torch.no_grad():
-            drawn = torch.stack([c.sample(shape) for c in self.components])
-        return drawn.gather(0, which.expand(drawn.shape[1:])[None])[0]
-
-    def _average(self, values: list[Tensor]) -> Tensor:
-        return torch.tensordot(self.weights, torch.stack(values), 1)
+def _weights(given: Sequence[float] | Tensor | None, number: int, like: Tensor) -> Tensor:
+    options = {"dtype": like.dtype, "device": like.device}
+    pi = torch.full((number,), 1 / number, **options) if given is None else torch.as_tensor(given, **options)
+    if pi.shape != (number,) or not (pi >= 0).all() or abs(float(pi.detach().sum()) - 1) > 1e-4:
+        raise ValueError(f"weights must be {number} numbers that are not negative and sum to one; got {pi.tolist()}.")
+    return pi / pi.sum()
 
 
 class StationarityWarning(UserWarning):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, Independent
 
 import gpytorch_dnn2gp as dnn2gp
-from gpytorch_dnn2gp import losses, metrics
+from gpytorch_dnn2gp import losses, metrics, mixtures
 
 LOSSES = {
     "gaussian": (losses.Gaussian(0.3), 1),
@@ -85,14 +86,49 @@ def test_samples_of_an_average_have_its_mean(name):
     torch.testing.assert_close(draws.mean(0), found.mean, rtol=0.05, atol=0.05)
 
 
-def test_average_of_one_is_itself():
-    (p, _), y = members("gaussian")
-    found = dnn2gp.average([p])
-    torch.testing.assert_close(found.variance, p.variance)
-    torch.testing.assert_close(found.y.log_prob(y), p.y.log_prob(y))
+@pytest.mark.parametrize("number", [1, 3, 11])
+@pytest.mark.parametrize("name", LOSSES)
+def test_average_of_equal_predictions_is_any_of_them(name, number):
+    (p, _), y = members(name)
+    found = dnn2gp.average([p] * number)
+    for of in (lambda q: q.variance, lambda q: q.mean, lambda q: q.f.covariance_matrix):
+        torch.testing.assert_close(of(found), of(p), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(found.y.log_prob(y), p.y.log_prob(y), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "two outputs", "bernoulli", "categorical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [1, 3])
+def test_labels_that_no_member_expects_keep_their_log_density(number, dtype):
+    logits = torch.tensor([[-150.0, 50.0], [150.0, -50.0]], dtype=dtype)
+    pi = torch.full((number,), 1 / number, dtype=dtype)
+    classes = mixtures.mixture([Categorical(logits=logits)] * number, pi)
+    torch.testing.assert_close(classes.log_prob(torch.tensor([0, 1])), torch.full((2,), -200.0, dtype=dtype))
+    yes = mixtures.mixture([Independent(Bernoulli(logits=logits[:, :1]), 1)] * number, pi)
+    expected = torch.full((2,), -150.0, dtype=dtype)
+    torch.testing.assert_close(yes.log_prob(torch.tensor([[1.0], [0.0]], dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_singular_covariances_average(joint):
+    """A net without bias is sure of its output at zero; two equal inputs, or many, have a singular joint covariance."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 2, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    new = torch.cat([torch.zeros(1, 2, dtype=torch.float64), x[:1], x])
+    made = []
+    for _ in range(3):
+        net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Tanh(), nn.Linear(3, 1, bias=False)).double()
+        made.append(dnn2gp.LaplaceGP(net, x, y, losses.Gaussian(0.3), 1.0).predict(new, joint=joint))
+    found = dnn2gp.average(made)
+
+    def second_moment(p):
+        return p.f.covariance_matrix.diagonal(dim1=-2, dim2=-1).flatten() + p.f.mean.flatten().square()
+
+    torch.testing.assert_close(second_moment(found), sum(second_moment(p) for p in made) / 3)
+    assert found.f.rsample(torch.Size([5])).isfinite().all()
+    dnn2gp.average([found, found])  # averages average
+
+
+@pytest.mark.parametrize("name", ["gaussian", "two outputs", "bernoulli", "two logits", "categorical"])
 def test_metrics_take_averages(name):
     predictions, y = members(name)
     found = dnn2gp.average(predictions)
@@ -109,6 +145,18 @@ def test_average_is_differentiable_in_its_weights():
     assert torch.autograd.gradcheck(lambda a: dnn2gp.average(predictions, a.softmax(0)).y.log_prob(y), logits)
 
 
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "categorical"])
+def test_the_gradient_in_a_weight_of_zero_is_that_of_the_mixture(name):
+    predictions, y = members(name)
+    first, second = (p.y.log_prob(y) for p in predictions)
+    pi = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    log_p = mixtures.mixture([p.y for p in predictions], pi).log_prob(y).sum()
+    (gradient,) = torch.autograd.grad(log_p, pi)
+    if name == "gaussian":  # those of classes are normalised
+        torch.testing.assert_close(gradient, torch.stack([first.exp() / first.exp(), (second - first).exp()]).sum(-1))
+    assert gradient.isfinite().all()
+
+
 def test_a_member_of_weight_zero_counts_for_nothing():
     predictions, y = members("gaussian")
     found = dnn2gp.average(predictions, [1.0, 0.0])
@@ -120,7 +168,7 @@ def test_bad_averages_are_refused():
     (two, _), _ = members("two outputs")
     with pytest.raises(ValueError, match="There are no predictions to average"):
         dnn2gp.average([])
-    with pytest.raises(ValueError, match="Prediction 1 has mean, f of shapes"):
+    with pytest.raises(ValueError, match="Prediction 1 is of numbers"):
         dnn2gp.average([p, two])
     for weights in ([0.5], [0.5, 0.6], [1.5, -0.5], [float("nan"), 1.0]):
         with pytest.raises(ValueError, match="weights must be 2 numbers"):

@@ -621,30 +621,46 @@ def _(tmp):
     gp.likelihood(gp(X[:3]), X[:3])
 
 
-# ---- evidence
+# ---- averages of predictions
 
 
 @case("nothing to average")
-def _(tmp_path):
+def _(tmp):
     dnn2gp.average([])
 
 
+@case("one prediction to average, not in a list")
+def _(tmp):
+    dnn2gp.average(regression().predict(X))
+
+
 @case("predictions at other inputs to average")
-def _(tmp_path):
+def _(tmp):
     gp = regression()
     dnn2gp.average([gp.predict(X), gp.predict(X[:5])])
 
 
 @case("a joint prediction among those to average")
-def _(tmp_path):
+def _(tmp):
     gp = regression()
     dnn2gp.average([gp.predict(X), gp.predict(X, joint=True)])
 
 
+@case("predictions of losses that differ to average")
+def _(tmp):
+    gp = classes()
+    x, net = gp.train_inputs[0], problem("categorical").net
+    binary = dnn2gp.LaplaceGP(net, x, torch.zeros(6, 3, dtype=F64), Bernoulli())
+    dnn2gp.average([gp.predict(x), binary.predict(x)])
+
+
 @case("weights of an average that sum to more than one")
-def _(tmp_path):
+def _(tmp):
     p = regression().predict(X)
     dnn2gp.average([p, p], [0.5, 0.75])
+
+
+# ---- evidence
 
 
 @case("the GP evidence of a softmax")

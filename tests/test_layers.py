@@ -17,6 +17,7 @@ HOUSE = [
     "tiling",
     "losses",
     "predictive",
+    "mixtures",
     "metrics",
     "from_torch",
     "exact_operations",
