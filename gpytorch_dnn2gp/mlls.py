@@ -358,18 +358,21 @@ def fit_evidence(
     start = problem.start.double().cpu().numpy()
     bar = tiling.progress(None, "Evidence", progress, unit=" evaluations")
     history: list[tuple[float, np.ndarray, float]] = []  # objective, logarithms, evidence
+    num_refused = 0
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal num_refused
+        bar.update()
         try:
             total, here, gradient = problem.gradient(evidence, torch.as_tensor(values))
         except NotPositiveDefiniteError:
             if not history:
                 raise
+            num_refused += 1
             value, center, _ = max(history, key=lambda item: item[0])
             away = values - center  # too far: a steep bowl around the best so far lets the line search step back
             return -value + (1 + abs(value)) * float(away @ away), 2 * (1 + abs(value)) * away
         history.append((total, values.copy(), here))
-        bar.update()
         bar.set_postfix(evidence=f"{here:.2f}")
         return -total, -gradient.double().cpu().numpy()
 
@@ -387,7 +390,10 @@ def fit_evidence(
         if history:
             problem.set_to(torch.as_tensor(max(history, key=lambda item: item[0])[1]))
     best = max(history, key=lambda item: item[0])[2]
-    return problem.result(history[0][2], best, len(history), bool(result.success), str(result.message))
+    number, message = len(history) + num_refused, str(result.message)
+    if num_refused:  # steps cut short may have ended it, not a maximum
+        message = f"{num_refused} of the values tried left a matrix without a Cholesky factor; {message}"
+    return problem.result(history[0][2], best, number, bool(result.success) and not num_refused, message)
 
 
 def _evidence_of(gp: LaplaceGP, kind: str) -> Callable[..., Tensor]:

@@ -187,8 +187,8 @@ def _lbfgs(
 ) -> list[float]:
     """In eval mode, all data at once; the net keeps the weights that were reached, also when interrupted.
 
-    SciPy's L-BFGS, which costs a fraction of an evaluation; where its line search gives up, at values that are not
-    finite or differ by rounding alone, :func:`stacked_lbfgs` goes on.
+    SciPy's L-BFGS, on the CPU, which costs a fraction of an evaluation; where its line search gives up, at values that
+    are not finite or differ by rounding alone, :func:`stacked_lbfgs` goes on.
     """
     problem.net.eval()
     weights = problem.weights
@@ -210,6 +210,7 @@ def _lbfgs(
             callback(len(history))
 
     trial, small, finite = w.clone(), False, True  # evaluated last; is its gradient small, its value finite?
+    converged = False
 
     def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal small, finite
@@ -224,17 +225,20 @@ def _lbfgs(
         return float(value) if finite else math.nan, gradient[0].double().cpu().numpy()
 
     def accept(_: np.ndarray) -> None:  # SciPy's line search ends with the point that it evaluated last
+        nonlocal converged
         if finite:
             w.copy_(trial)
-        if small or not finite:
+            converged = small
+        if converged or not finite:
             raise StopIteration
 
     try:
-        options = {"maxcor": 50, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
+        memory = 50 if w.numel() <= 10**6 else 10  # steps that are remembered, 16 bytes each for each weight
+        options = {"maxcor": memory, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
         start = w[0].double().cpu().numpy()
         with contextlib.suppress(_Done):
             minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=accept, options=options)
-            if not small and len(history) < max_evaluations:
+            if not converged and len(history) < max_evaluations:
                 stacked_lbfgs(objective, w, max_evaluations - len(history), tolerance, report)
     finally:
         bar.close()

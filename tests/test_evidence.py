@@ -421,6 +421,7 @@ def test_fit_evidence_steps_back_from_values_without_a_factor(monkeypatch):
     before = gp.log_evidence().item()
     fit = dnn2gp.fit_evidence(gp)
     assert refused, "the search never went there"
+    assert not fit.converged and f"{len(refused)} of the values tried left" in fit.message
     assert fit.evidence_after > before and gp.prior_precision.item() >= lowest
     assert_close(number(fit.evidence_after), gp.log_evidence().detach())
     with pytest.raises(numerics.NotPositiveDefiniteError):  # but not where it begins

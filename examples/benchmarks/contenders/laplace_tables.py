@@ -82,22 +82,25 @@ def classes(case, arrays):
                 val_loader=held_out,
                 grid_size=25,  # from 1e-4 to 1e4, by the likelihood
             )
-        tests = [predicted(la, arrays[name], case) for name in sorted(arrays) if name.startswith("test")]
+        tests = [predicted(la, arrays[name], case["batch"]) for name in sorted(arrays) if name.startswith("test")]
         return torch.cat(tests).numpy()
 
     return run
 
 
 @torch.no_grad()
-def predicted(la, x: Tensor, case) -> Tensor:
-    """Probabilities, the summed variance of the probabilities of 200 draws, and that of the outputs, ``(m, K + 2)``."""
+def predicted(la, x: Tensor, batch: int) -> Tensor:
+    """Probabilities (probit), their summed variance over 200 draws, and that of the outputs, ``(m, K + 2)``.
+
+    All from the moments of the outputs, which it computes anew for each call of ``la(x)`` or ``predictive_samples``.
+    """
     parts = []
-    for part in x.split(case["batch"]):
-        probs = la(part, pred_type="glm", link_approx=case["link"])
-        samples = la.predictive_samples(part, pred_type="glm", n_samples=200)
-        _, covariance = la._glm_predictive_distribution(part)
-        variances = samples.var(0).sum(-1), covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-        parts.append(torch.cat([probs, torch.stack(variances, -1)], -1).detach())
+    for part in x.split(batch):
+        f, covariance = la._glm_predictive_distribution(part)
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        probs = (f / (1 + torch.pi / 8 * variance).sqrt()).softmax(-1)
+        samples = la._glm_predictive_samples(f, covariance, 200, diagonal_output=False)
+        parts.append(torch.cat([probs, torch.stack([samples.var(0).sum(-1), variance.sum(-1)], -1)], -1).detach())
     return torch.cat(parts)
 
 
