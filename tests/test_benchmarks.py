@@ -80,6 +80,7 @@ def test_tables_summaries(script):
     tables = script("tables")
     assert tables.mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / math.sqrt(3)))
     assert tables.shown([1.0, 2.0, 3.0], 2) == "2.00 ± 0.58"
+    assert tables.shown([1e-4, 2e-4]) == "1.50e-04 ± 5e-05" and tables.shown([1e-4, 2e-4], 1) == "0.0 ± 0.0"
     assert tables.shown([2.0], 2) == "2.00" and tables.shown([]) == "–"
     assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
     ranks, p = tables.ranks(np.array([[1.0, 2.0, 3.0]] * 6))

@@ -305,11 +305,13 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
 
 def shown(values: Iterable[float], digits: int = 3) -> str:
-    """``0.123 ± 0.004``; a dash for none."""
+    """``0.123 ± 0.004``; with three digits or more ``1.23e-04 ± 5e-06`` where that would show little; a dash for none."""
     mean, error = mean_and_error(values)
     if math.isnan(mean):
         return "–"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    small = digits >= 3 and 0 < max(abs(mean), error if error > 0 else 0) < 10 ** (1 - digits)
+    value, spread = (f"{mean:.2e}", f"{error:.0e}") if small else (f"{mean:.{digits}f}", f"{error:.{digits}f}")
+    return value + ("" if math.isnan(error) else f" ± {spread}")
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
