@@ -305,7 +305,7 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
 
 def shown(values: Iterable[float], digits: int = 3) -> str:
-    """``0.123 ± 0.004``; with three digits or more ``1.23e-04 ± 5e-06`` where that would show little; a dash for none."""
+    """``0.123 ± 0.004``; of three digits or more ``1.23e-04 ± 5e-06`` where that shows little; a dash for none."""
     mean, error = mean_and_error(values)
     if math.isnan(mean):
         return "–"
