@@ -197,8 +197,9 @@ def draw(table: Table, sets: list[str], image: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets) + 1.2, 4.2), layout="constrained", squeeze=False)
     for ax, name in zip(axes[0], sets):
         for i, method in enumerate(METHODS):
             of = {column: table.values(column, set=name, method=method) for column in COLUMNS}
@@ -211,9 +212,13 @@ def draw(table: Table, sets: list[str], image: Path) -> None:
             time, memory = of["cpu_seconds"].mean(), of["megabytes"].mean()
             ax.errorbar(time, mean, error, color=f"C{i}", linewidth=1)
             ax.scatter(time, mean, 20 + 0.5 * memory, color=f"C{i}", alpha=0.6)
-            ax.annotate(method, (time, mean), (6, 6), textcoords="offset points")
+            ax.plot([], [], "o", color=f"C{i}", alpha=0.6, label=method)
         ax.set(xscale="log", title=name, xlabel="processor time after training, s", ylabel="NLL of test labels")
-        ax.legend(loc="best", fontsize=8)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(0.1)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle("Area of a circle: peak memory; lower and further left is better", fontsize=10)
     image.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(image, dpi=100)
