@@ -72,6 +72,9 @@ def test_tables_resume(script, tmp_path, capsys):
     assert "2 of 3 jobs are there; the others should take about 7 s" in capsys.readouterr().out
     assert done == [2]
     assert table().values("nll", split=2).tolist() == [2.5]
+    resumed.rows.clear()  # another process has done these since
+    resumed.run(jobs, work, lambda job: 100.0)
+    assert done == [2] and len(table().rows) == 3
     with pytest.raises(ValueError, match="other columns"):
         tables.Table(tmp_path / "results" / "t.csv", ("set",), ("nll",))
 

@@ -139,6 +139,9 @@ class Table:
     def __init__(self, path: Path, key: Sequence[str], columns: Sequence[str]) -> None:
         self.path, self.key, self.columns = Path(path), tuple(key), (*key, *columns)
         self.rows: list[Row] = []
+        self._read()
+
+    def _read(self) -> None:
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
@@ -193,7 +196,13 @@ class Table:
         bar = tiling.progress(left, self.path.stem, None)
         for job in bar:
             bar.set_postfix_str(" ".join(str(job[name]) for name in self.key))
-            self.add(job, work(job))
+            self._read()  # another process may share the file
+            if self.has(job):
+                continue
+            result = work(job)
+            self._read()
+            if not self.has(job):
+                self.add(job, result)
 
     def _known_cost(self, job: Mapping[str, object]) -> float | None:
         if "cpu_seconds" not in self.columns:
