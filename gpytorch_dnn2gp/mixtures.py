@@ -2,13 +2,14 @@
 
     mixture(components, weights)   classes and single Bernoullis stay what they are, others become a Mixture
     entries(y)                     the entries of a vector each by itself: what a ``cdf`` is about
+    weighted_mean(values, weights) sum_s pi_s v_s
 
 All in logarithms: a label that every component finds as good as impossible keeps its own log density.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,19 +68,19 @@ class Mixture(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        return _average([c.mean for c in self.components], self.weights)
+        return weighted_mean([c.mean for c in self.components], self.weights)
 
     @property
     def variance(self) -> Tensor:
         mean = self.mean
-        return _average([c.variance + (c.mean - mean).square() for c in self.components], self.weights)
+        return weighted_mean([c.variance + (c.mean - mean).square() for c in self.components], self.weights)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return _log_average([c.log_prob(value) for c in self.components], self.weights)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Of each entry by itself."""
-        return _average([entries(c).cdf(value) for c in self.components], self.weights)
+        return weighted_mean([entries(c).cdf(value) for c in self.components], self.weights)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Each draw of each batch element is one component's."""
@@ -91,7 +92,8 @@ class Mixture(Distribution):
         return drawn.gather(0, which.expand(drawn.shape[1:])[None])[0]
 
 
-def _average(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+def weighted_mean(values: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """``sum_s pi_s v_s``, of S tensors of one shape."""
     return torch.tensordot(weights, torch.stack(list(values)), 1)
 
 

@@ -360,6 +360,9 @@ def fit_evidence(
     history: list[tuple[float, np.ndarray, float]] = []  # objective, logarithms, evidence
     num_refused = 0
 
+    def best() -> tuple[float, np.ndarray, float]:
+        return max(history, key=lambda item: item[0])
+
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal num_refused
         bar.update()
@@ -369,7 +372,7 @@ def fit_evidence(
             if not history:
                 raise
             num_refused += 1
-            value, center, _ = max(history, key=lambda item: item[0])
+            value, center, _ = best()
             away = values - center  # too far: a steep bowl around the best so far lets the line search step back
             return -value + (1 + abs(value)) * float(away @ away), 2 * (1 + abs(value)) * away
         history.append((total, values.copy(), here))
@@ -388,12 +391,11 @@ def fit_evidence(
     finally:
         bar.close()
         if history:
-            problem.set_to(torch.as_tensor(max(history, key=lambda item: item[0])[1]))
-    best = max(history, key=lambda item: item[0])[2]
+            problem.set_to(torch.as_tensor(best()[1]))
     number, message = len(history) + num_refused, str(result.message)
     if num_refused:  # steps cut short may have ended it, not a maximum
         message = f"{num_refused} of the values tried left a matrix without a Cholesky factor; {message}"
-    return problem.result(history[0][2], best, number, bool(result.success) and not num_refused, message)
+    return problem.result(history[0][2], best()[2], number, bool(result.success) and not num_refused, message)
 
 
 def _evidence_of(gp: LaplaceGP, kind: str) -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from .mixtures import mixture
+from .mixtures import mixture, weighted_mean
 from .operators import Covariance
 
 
@@ -67,6 +67,7 @@ def average(predictions: Iterable[Prediction], weights: Sequence[float] | Tensor
 
     Raises:
         ValueError: for no predictions, predictions that do not go together, or weights as they cannot be.
+        TypeError: for one prediction that is not in a list.
     """
     if isinstance(predictions, Prediction):
         raise TypeError("predictions must be a list of them; to average one prediction changes nothing.")
@@ -82,7 +83,7 @@ def average(predictions: Iterable[Prediction], weights: Sequence[float] | Tensor
     pi = _weights(weights, len(predictions), predictions[0].mean)
 
     def mean_of(values: Iterable[Tensor]) -> Tensor:
-        return torch.tensordot(pi, torch.stack(list(values)), 1)
+        return weighted_mean(values, pi)
 
     mean, f_mean = mean_of(p.mean for p in predictions), mean_of(p.f.mean for p in predictions)
     away = [(p.f.mean - f_mean).reshape(*p.f.batch_shape, -1) for p in predictions]

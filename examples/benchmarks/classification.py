@@ -309,12 +309,12 @@ class Study:
         """Processor seconds of one job, a rough guess."""
         name, method = job["set"], job["method"]
         if name in SMALL:
-            return 2.0 if method in ("net", "temperature") else 60.0 if name == "digits" else 10.0
-        if method in ("net", "temperature"):
-            return 90.0 if name == "mnist 2000" else 20.0
-        if method in ALL_WEIGHTS:
-            return 600.0 + 600.0 * (self.num_test / 1000) + (1200.0 if "held-out" in method else 0.0)
-        return 300.0 * (1 if name == "mnist 60000" else 0.3)
+            return 5.0 if name == "digits" else 0.5
+        if method in ALL_WEIGHTS:  # what they share counts once
+            own = {"probit evidence": 160.0, "probit held-out": 550.0}.get(method, 50.0)
+            return own + 200.0 * (self.num_test / 1000)
+        once = {"net": 40, "diagonal held-out": 30, "kron evidence": 50, "kron held-out": 240}.get(method, 4)
+        return once + (150.0 if name == "mnist 60000" and method not in ("net", "temperature") else 0.0)
 
 
 @torch.no_grad()
